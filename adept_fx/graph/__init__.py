@@ -1,0 +1,1 @@
+"""The compiler's own parts: pass base, runner, verifier, node meta, symbols, dumps."""

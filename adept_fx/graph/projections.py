@@ -1,0 +1,2 @@
+def cut_unused_columns(module, symbols):
+    return 0

@@ -1,0 +1,108 @@
+"""Looks at a model before anything is done to it, and refuses what cannot be rewritten."""
+
+from typing import Any
+
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+from adept_fx.errors import ConfigError, UnsupportedModelError
+from adept_fx.runtime.handle import Adept
+
+
+def refuse(model: nn.Module) -> None:
+    """Raises for models of a kind that is not supported at all.
+
+    Raises:
+        UnsupportedModelError: Not a transformers model, an encoder-decoder, transformed already,
+            or spread by accelerate hooks.
+    """
+    if any(isinstance(module, Adept) for module in model.modules()):
+        raise UnsupportedModelError(
+            "this model is transformed already",
+            hint="adept_fx.restore(model) first, or change model.adept.thresholds",
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a transformers model",
+            hint="pass a PreTrainedModel; of a wrapper, the model inside",
+        )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is an encoder-decoder",
+            hint="only decoders with one residual stream are supported",
+        )
+    for name, module in model.named_modules():
+        if hasattr(module, "_hf_hook"):
+            raise UnsupportedModelError(
+                f"module {name or 'model'} has an accelerate hook (offloading or several devices)",
+                hint="load the model on one device, without device_map",
+            )
+
+
+def find_decoder(model: Any) -> Any:
+    """The decoder of a model, by ``get_decoder()``.
+
+    Raises:
+        UnsupportedModelError: It has none, or one with layers that carry recurrent state.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if not isinstance(decoder, PreTrainedModel) or decoder.get_input_embeddings() is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no decoder that get_decoder() finds",
+            hint="only decoder-only language models are supported",
+        )
+    _refuse_without_cache(decoder)
+    _refuse_recurrent(decoder)
+    return decoder
+
+
+def _refuse_without_cache(decoder: Any) -> None:
+    import inspect
+
+    parameters = inspect.signature(type(decoder).forward).parameters
+    if "past_key_values" in parameters:
+        return
+    reason = "carries recurrent state" if "cache_params" in parameters else "has no KV cache"
+    raise UnsupportedModelError(
+        f"{type(decoder).__name__} {reason}: its forward takes no past_key_values",
+        hint="only decoders whose layers keep keys and values are supported",
+    )
+
+
+def _refuse_recurrent(decoder: Any) -> None:
+    cache = DynamicCache(config=decoder.config)
+    types = getattr(decoder.config, "layer_types", None) or []
+    recurrent = [
+        f"{index} ({types[index] if index < len(types) else type(layer).__name__})"
+        for index, layer in enumerate(cache.layers)
+        if hasattr(layer, "update_recurrent_state") or hasattr(layer, "update_conv_state")
+    ]
+    if recurrent:
+        raise UnsupportedModelError(
+            f"layers {', '.join(recurrent)} of {type(decoder).__name__} carry recurrent state",
+            hint="only layers that keep keys and values are supported",
+        )
+
+
+def layer_count(decoder: Any) -> int:
+    """Number of layers, by the config.
+
+    Raises:
+        ConfigError: The config does not say.
+    """
+    count = getattr(decoder.config, "num_hidden_layers", None)
+    if not isinstance(count, int):
+        raise ConfigError(f"{type(decoder).__name__}'s config has no num_hidden_layers")
+    return count
+
+
+def hidden_size(decoder: Any) -> int:
+    """Width of the residual stream, by the config.
+
+    Raises:
+        ConfigError: The config does not say.
+    """
+    size = getattr(decoder.config, "hidden_size", None)
+    if not isinstance(size, int):
+        raise ConfigError(f"{type(decoder).__name__}'s config has no hidden_size")
+    return size

@@ -1,0 +1,53 @@
+"""What the exit-aware graph calls on the layout of its live tokens.
+
+Functions, so that the printed graph reads as the pipeline. ``tokens`` says which tokens are in
+the graph's values at this point, and how they lie; see ``adept_fx.runtime.tokens``.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+Axes = tuple[int | None, int | None, int | None, int]
+
+
+def enter(run: Any, inputs_embeds: Tensor) -> Any:
+    """Starts a forward: all tokens of ``inputs_embeds [B, S, D]`` are there."""
+    return run.enter(inputs_embeds)
+
+
+def decide(tokens: Any, exit_index: int, hidden: Tensor, *features: Tensor) -> Any:
+    """Runs the gate of an exit point and chooses the plan of the next stage.
+
+    Returns the tokens that go on, in the layout of the next stage.
+    """
+    return tokens.run.decide(tokens, exit_index, hidden, features)
+
+
+def gather_tokens(tokens: Any, value: Tensor, axes: Axes) -> Tensor:
+    """Brings a token-aligned value into the layout that an exit point chose."""
+    result: Tensor = tokens.gather(value, axes)
+    return result
+
+
+def scatter_tokens(layouts: Sequence[Any], hidden: Sequence[Tensor]) -> Tensor:
+    """The last state of every token, ``[B, S, D]``: where it left, or after the last layer."""
+    result = hidden[0]
+    for tokens, state in zip(layouts[1:], hidden[1:], strict=True):
+        result = tokens.scatter(result, state)
+    return result
+
+
+def freeze_tokens(tokens: Any, new: Tensor, frozen: Tensor) -> Tensor:
+    """Keeps the states of tokens that have left; nothing to do where only live ones are in."""
+    result: Tensor = tokens.freeze(new, frozen)
+    return result
+
+
+def write_cache(
+    tokens: Any, key: Tensor, value: Tensor, layer: int, synthesized: Sequence[Any]
+) -> tuple[Tensor, Tensor]:
+    """Writes live and synthesized keys and values of one layer; returns what it attends to."""
+    result: tuple[Tensor, Tensor] = tokens.write(layer, key, value, synthesized)
+    return result

@@ -1,0 +1,86 @@
+"""The pipeline: the one place that knows which passes run, and in which order."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from adept_fx.capture import Capture
+from adept_fx.graph.base import Pass, Work
+from adept_fx.graph.runner import PassRecord, run_passes
+from adept_fx.intercept import MaskCall
+from adept_fx.kv.base import KVPolicy
+from adept_fx.passes.compact_tokens import CompactTokens
+from adept_fx.passes.find_layers import FindLayers
+from adept_fx.passes.fold_attention import FoldAttention
+from adept_fx.passes.hoist_prologue import HoistPrologue
+from adept_fx.passes.insert_gates import InsertGates
+from adept_fx.passes.normalize import Normalize
+from adept_fx.passes.synthesize_kv import SynthesizeKV
+
+PIPELINE: tuple[type[Pass], ...] = (
+    Normalize,
+    FindLayers,
+    HoistPrologue,
+    FoldAttention,
+    InsertGates,
+    SynthesizeKV,
+    CompactTokens,
+)
+
+
+@dataclass(frozen=True)
+class Program:
+    """An exit-aware graph, ready to run, with what its caller must supply.
+
+    Attributes:
+        graph: The exit-aware graph.
+        inputs: Names of its inputs after ``run``.
+        masks: The recorded mask call behind each mask input.
+        num_layers: Number of layers of the decoder.
+        output_type: Class of the decoder's output.
+        records: What each pass did.
+    """
+
+    graph: fx.GraphModule
+    inputs: tuple[str, ...]
+    masks: dict[str, MaskCall]
+    num_layers: int
+    output_type: type
+    records: tuple[PassRecord, ...]
+
+
+def start(
+    captured: Capture,
+    exits: tuple[int, ...],
+    needs: tuple[frozenset[str], ...],
+    policy: KVPolicy,
+) -> Work:
+    """A captured graph as work for the passes."""
+    return Work(
+        graph=captured.graph,
+        symbols=captured.symbols,
+        sources=captured.sources,
+        attentions=captured.attentions,
+        masks=captured.masks,
+        exits=exits,
+        needs=needs,
+        policy=policy,
+    )
+
+
+def build(captured: Capture, work: Work, passes: Sequence[type[Pass]] = PIPELINE) -> Program:
+    """Runs the passes and wraps the result."""
+    records = run_passes(work, [step() for step in passes])
+    names = [node.name for node in work.graph.graph.find_nodes(op="placeholder")]
+    masks = {
+        name: captured.masks[int(name.split("_")[1])] for name in names if name.startswith("mask_")
+    }
+    return Program(
+        graph=work.graph,
+        inputs=tuple(names[1:]),
+        masks=masks,
+        num_layers=work.num_layers,
+        output_type=captured.output_type,
+        records=tuple(records),
+    )

@@ -1,0 +1,80 @@
+"""``transform`` and ``restore``."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from adept_fx.config import ExitConfig
+from adept_fx.errors import UnsupportedModelError
+from adept_fx.gates.registry import build_gates
+from adept_fx.inspect_model import find_decoder, hidden_size, layer_count, refuse
+from adept_fx.runtime.decoder import ExitAwareForward
+from adept_fx.runtime.handle import Adept
+from adept_fx.runtime.head import Head
+from adept_fx.shell import path_to, rebuild, shell
+
+
+def transform(model: nn.Module, config: ExitConfig | None = None) -> Any:
+    """Rewrites a decoder model of transformers into one whose tokens leave early.
+
+    ``model`` stays as it was and keeps working. The result shares all parameters and buffers with
+    it, so ``.to()``, ``.train()`` and ``.requires_grad_()`` on one act on both; ``config`` and
+    ``generation_config`` are copies.
+
+    Args:
+        model: A ``*ForCausalLM``, ``*ForSequenceClassification``, ``*ForTokenClassification`` or a
+            bare decoder.
+        config: Exit points, gates and thresholds. The default puts an untrained gate after every
+            fourth layer, at threshold 1.0: nothing leaves.
+
+    Returns:
+        A model of the same class. Its handle is ``.adept``: see
+        :class:`~adept_fx.runtime.handle.Adept`.
+
+    Raises:
+        ConfigError: The config does not fit the model.
+        UnsupportedModelError: The model is refused; the message names what is in the way.
+        CaptureError: The decoder cannot be traced.
+    """
+    config = ExitConfig() if config is None else config
+    refuse(model)
+    decoder = find_decoder(model)
+    path = path_to(model, decoder)
+    if path is None:
+        raise UnsupportedModelError("get_decoder() returns a module that is not part of the model")
+    resolved = config.resolve(layer_count(decoder))
+    weight = decoder.get_input_embeddings().weight
+    dtype = decoder.dtype if isinstance(decoder.dtype, torch.dtype) else weight.dtype
+    gates = build_gates(resolved, hidden_size(decoder), weight.device, dtype)
+    adept = Adept(resolved, gates)
+    adept.train(model.training)
+    exit_aware = shell(decoder)
+    forward = ExitAwareForward(adept, exit_aware)
+    exit_aware.__dict__["forward"] = forward
+    transformed = rebuild(model, path, exit_aware)
+    head = Head(transformed, exit_aware)
+    if any("logits" in gate.needs for gate in gates):
+        head.check()
+    adept.link(forward, head)
+    # Capture now: what cannot be rewritten is refused here, not at the first call.
+    forward.prepare()
+    transformed.add_module("adept", adept)
+    return transformed
+
+
+def restore(ee: nn.Module) -> Any:
+    """Gives back the original model: same class, same parameters, no exits.
+
+    Args:
+        ee: A model returned by :func:`transform`, which keeps working.
+
+    Raises:
+        UnsupportedModelError: ``ee`` was not transformed.
+    """
+    adept = getattr(ee, "adept", None)
+    if not isinstance(adept, Adept):
+        raise UnsupportedModelError("this model was not made by adept_fx.transform")
+    decoder = adept.decoder
+    path = path_to(ee, decoder)
+    return rebuild(ee, path or [], shell(decoder))

@@ -1,0 +1,105 @@
+"""Reads the arguments of a decoder call."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from adept_fx.errors import InputError
+
+_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+# Passed down by transformers' heads and Trainer; a decoder's layers do nothing with them.
+_HARMLESS = frozenset(
+    {"cache_position", "num_items_in_batch", "logits_to_keep", "return_dict", "is_causal"}
+)
+_READ = frozenset(
+    {
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        "past_key_values",
+        "inputs_embeds",
+        "use_cache",
+    }
+)
+
+
+@dataclass
+class Call:
+    """A decoder call, with transformers' defaults filled in."""
+
+    embeds: Tensor
+    attention_mask: Any
+    position_ids: Tensor | None
+    cache: Any
+    return_dict: bool
+
+
+def read_call(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Binds the arguments of ``decoder(...)`` as its own forward would.
+
+    Raises:
+        InputError: An argument asks for something that an exit-aware graph does not have.
+    """
+    config: Any = decoder.config
+    bound = inspect.signature(type(decoder).forward).bind(decoder, *args, **kwargs)
+    given = dict(bound.arguments)
+    given.pop("self", None)
+    for extra in [value for value in given.values() if isinstance(value, dict)]:
+        if extra is not given.get("attention_mask"):
+            given = {k: v for k, v in given.items() if v is not extra} | extra
+    _refuse_outputs(config, given)
+    for name, value in given.items():
+        if name not in _READ | _HARMLESS and isinstance(value, Tensor):
+            raise InputError(
+                f"the argument {name} is not supported while exits are on",
+                hint="leave it out, or call the original model",
+            )
+    embeds = _embeds(decoder, given)
+    cache = given.get("past_key_values")
+    use_cache = given.get("use_cache")
+    if (config.use_cache if use_cache is None else use_cache) and cache is None:
+        cache = DynamicCache(config=config)
+    return_dict = given.get("return_dict")
+    default = getattr(config, "return_dict", True)
+    return Call(
+        embeds=embeds,
+        attention_mask=given.get("attention_mask"),
+        position_ids=_positions(given.get("position_ids"), embeds),
+        cache=cache,
+        return_dict=bool(default if return_dict is None else return_dict),
+    )
+
+
+def _refuse_outputs(config: Any, given: dict[str, Any]) -> None:
+    for name in _OUTPUTS:
+        value = given.get(name)
+        if getattr(config, name, False) if value is None else value:
+            raise InputError(
+                f"{name} is not available from an exit-aware model: tokens run different layers",
+                hint=f"call the original model, or set {name}=False",
+            )
+
+
+def _embeds(decoder: nn.Module, given: dict[str, Any]) -> Tensor:
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    if (ids is None) == (embeds is None):
+        raise InputError("pass exactly one of input_ids and inputs_embeds")
+    if embeds is not None:
+        result: Tensor = embeds
+        return result
+    if not isinstance(ids, Tensor):
+        raise InputError(f"input_ids must be a tensor, not {type(ids).__name__}")
+    result = decoder.get_input_embeddings()(ids.view(-1, ids.shape[-1]))  # type: ignore[operator]
+    return result
+
+
+def _positions(position_ids: Any, embeds: Tensor) -> Tensor | None:
+    if position_ids is None:
+        return None
+    shape = embeds.shape[:2]
+    if not isinstance(position_ids, Tensor) or position_ids.ndim != 2:
+        raise InputError("position_ids must be a tensor of shape [batch, tokens]")
+    return position_ids.expand(shape)

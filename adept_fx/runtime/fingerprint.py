@@ -1,0 +1,99 @@
+"""Notices when the model under a graph has changed.
+
+The graph reads parameters from their modules at every call; whatever else it depends on is
+compared, by identity, before each call: modules, tensors' dtype and device, training mode, hooks,
+and the settings that change what a module computes.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from adept_fx.errors import UnsupportedModelError
+
+# Attributes by which modules of transformers and PEFT choose what they compute.
+_SETTINGS = ("_disable_adapters", "_active_adapter", "merged_adapters", "gradient_checkpointing")
+_CONFIG_SETTINGS = ("_attn_implementation", "_experts_implementation", "is_causal")
+_RECORDERS = ("transformers.utils.output_capturing", "transformers.utils.generic")
+
+
+@dataclass
+class Fingerprint:
+    """What a capture saw of its model.
+
+    ``entries`` are ``(table, key, object)``: the object must still be there. ``tensors`` are
+    ``(tensor, dtype, device)``. ``settings`` are ``(holder, name, value)``.
+    """
+
+    entries: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
+    sizes: list[tuple[dict[Any, Any], int]] = field(default_factory=list)
+    tensors: list[tuple[Any, Any, Any]] = field(default_factory=list)
+    settings: list[tuple[Any, str, Any]] = field(default_factory=list)
+
+    @staticmethod
+    def of(decoder: nn.Module, skip: nn.Module | None = None) -> "Fingerprint":
+        """Takes the fingerprint of a decoder, without the subtree ``skip``."""
+        self = Fingerprint()
+        configs: dict[int, Any] = {}
+        skipped = set(skip.modules()) if skip is not None else set()
+        for module in decoder.modules():
+            if module in skipped:
+                continue
+            self._add(module, is_root=module is decoder)
+            config = getattr(module, "config", None)
+            if config is not None:
+                configs[id(config)] = config
+        for config in configs.values():
+            for name in _CONFIG_SETTINGS:
+                self.settings.append((config, name, getattr(config, name, None)))
+        return self
+
+    def _add(self, module: nn.Module, *, is_root: bool) -> None:
+        tables = (module._parameters, module._buffers, module._modules)
+        for table in tables:
+            self.sizes.append((table, len(table)))
+            self.entries += [(table, key, item) for key, item in table.items()]
+        self.tensors += [
+            (item, item.dtype, item.device)
+            for table in tables[:2]
+            for item in table.values()
+            if item is not None
+        ]
+        self.settings.append((module, "training", module.training))
+        self.settings.append((module, "__class__", type(module)))
+        for name in _SETTINGS:
+            if hasattr(module, name):
+                value = getattr(module, name)
+                self.settings.append((module, name, list(value) if isinstance(value, list) else value))
+        if not is_root:
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                self.sizes.append((hooks, len(hooks)))
+
+    def matches(self) -> bool:
+        """Whether the model is still as it was."""
+        return (
+            all(table.get(key) is item for table, key, item in self.entries)
+            and all(len(table) == size for table, size in self.sizes)
+            and all(t.dtype is dtype and t.device == device for t, dtype, device in self.tensors)
+            and all(getattr(holder, name, None) == value for holder, name, value in self.settings)
+        )
+
+
+def refuse_hooks(decoder: nn.Module) -> None:
+    """Raises if a module inside the decoder has forward hooks: a graph would not run them.
+
+    Raises:
+        UnsupportedModelError: Names the module and the hook. Hooks of transformers' own output
+            recorders are no obstacle: they are inactive unless outputs are recorded.
+    """
+    for name, module in decoder.named_modules():
+        if module is decoder:
+            continue
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if getattr(hook, "__module__", "") not in _RECORDERS:
+                label = getattr(hook, "__qualname__", type(hook).__name__)
+                raise UnsupportedModelError(
+                    f"module {name} has the forward hook {label}, which a graph does not run",
+                    hint="remove the hook, or hook the whole decoder or model instead",
+                )

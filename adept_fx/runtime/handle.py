@@ -1,0 +1,192 @@
+"""``ee.adept``: the handle of a transformed model."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from adept_fx.config import ExitConfig
+from adept_fx.errors import ConfigError, InputError, UnsupportedModelError
+from adept_fx.gates.base import Gate
+from adept_fx.graph.runner import PassRecord
+from adept_fx.pipeline import Program
+from adept_fx.runtime.decoder import ExitAwareForward
+from adept_fx.runtime.head import Head
+from adept_fx.runtime.plan import PLANS
+from adept_fx.runtime.run import Run, Settings
+from adept_fx.runtime.stats import Stats
+
+
+class Adept(nn.Module):
+    """Settings, gates and statistics of a transformed model.
+
+    Its parameters are the exits' own; in the model's ``state_dict`` they are named ``adept.*``.
+    Thresholds, plan and gates may change at any time.
+
+    Attributes:
+        config: The resolved :class:`~adept_fx.ExitConfig`.
+        stats: Counts over all forwards, see :class:`~adept_fx.runtime.stats.Stats`.
+        last_depth: ``[B, S]`` int64, layers run per token in the last forward: the number of
+            layers if none was skipped, 0 for padding; None before the first forward.
+    """
+
+    def __init__(self, config: ExitConfig, gates: Sequence[Gate]) -> None:
+        super().__init__()
+        self.config = config
+        self.gates = nn.ModuleList(gates)
+        self.stats = Stats(config.exit_layers)
+        self.last_depth: Tensor | None = None
+        self._thresholds = config.thresholds
+        self._prefill_thresholds = config.prefill_thresholds
+        self._plan = "auto"
+        self._disabled = 0
+        # In a tuple: modules of the model must not become children of the handle.
+        self._links: tuple[ExitAwareForward, Head] | None = None
+        self.register_load_state_dict_pre_hook(_fill_missing)
+
+    def link(self, forward: ExitAwareForward, head: Head) -> None:
+        """Connects the handle with its decoder and head; called by ``transform``."""
+        self._links = (forward, head)
+
+    @property
+    def _forward(self) -> ExitAwareForward:
+        if self._links is None:
+            raise InputError("this handle belongs to no model")
+        return self._links[0]
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The exit-aware decoder."""
+        return self._forward.decoder
+
+    def _program(self) -> Program:
+        return self._forward.current()
+
+    @property
+    def graph(self) -> fx.GraphModule:
+        """The exit-aware graph; ``print(ee.adept.graph.code)`` shows the pipeline."""
+        return self._program().graph
+
+    @property
+    def records(self) -> tuple[PassRecord, ...]:
+        """What each pass did and how long it took."""
+        return self._program().records
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """One per exit point; a token leaves iff its score is greater. 1.0 means never.
+
+        Setting takes a float or one per exit, for both phases, unless the config has a
+        ``prefill_threshold``: then only for decoding (see :attr:`prefill_thresholds`).
+        """
+        return self._thresholds
+
+    @thresholds.setter
+    def thresholds(self, value: float | Sequence[float] | Tensor) -> None:
+        self._thresholds = self._checked(value)
+        if self.config.prefill_threshold is None:
+            self._prefill_thresholds = self._thresholds
+
+    @property
+    def prefill_thresholds(self) -> tuple[float, ...]:
+        """The thresholds of calls with more than one new token per row."""
+        return self._prefill_thresholds
+
+    @prefill_thresholds.setter
+    def prefill_thresholds(self, value: float | Sequence[float] | Tensor) -> None:
+        self._prefill_thresholds = self._checked(value)
+
+    def _checked(self, value: float | Sequence[float] | Tensor) -> tuple[float, ...]:
+        plain: Any = value.tolist() if isinstance(value, Tensor) else value
+        count = len(self.config.exit_layers)
+        numbers = tuple(plain) if isinstance(plain, (list, tuple)) else (plain,) * count
+        return ExitConfig(exits=self.config.exit_layers, threshold=numbers).thresholds
+
+    @property
+    def plan(self) -> str:
+        """``"auto"`` takes the cheapest plan, ``"dense"`` and ``"compact"`` force one."""
+        return self._plan
+
+    @plan.setter
+    def plan(self, value: str) -> None:
+        if value not in PLANS:
+            raise ConfigError(f"unknown plan {value!r}; known: {', '.join(PLANS)}")
+        self._plan = value
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Switches all exits off inside the context: the rewritten graph runs without gates."""
+        self._disabled += 1
+        try:
+            yield
+        finally:
+            self._disabled -= 1
+
+    def set_gates(self, gates: Gate | Sequence[Gate]) -> None:
+        """Replaces the gates: one for all exits, or one per exit.
+
+        Gates that ask for more of the graph (``Gate.needs``) make the next call capture again.
+        """
+        count = len(self.config.exit_layers)
+        chosen = [gates] * count if isinstance(gates, Gate) else list(gates)
+        if len(chosen) != count or not all(isinstance(gate, Gate) for gate in chosen):
+            raise ConfigError(f"{count} gates are needed, one per exit point")
+        before = [gate.needs - {"logits"} for gate in self.gate_list()]
+        self.gates = nn.ModuleList(chosen)
+        if before != [gate.needs - {"logits"} for gate in chosen]:
+            self._forward.forget()
+
+    def gate_list(self) -> list[Gate]:
+        """The gates, one per exit point."""
+        return [gate for gate in self.gates if isinstance(gate, Gate)]
+
+    def settings(self, program: Program, tokens: int) -> Settings:
+        """What a call with ``tokens`` new tokens per row runs with."""
+        thresholds = self._prefill_thresholds if tokens > 1 else self._thresholds
+        head = self._links[1] if self._links else None
+
+        def logits(hidden: Tensor) -> Tensor:
+            if head is None:
+                raise InputError("this handle belongs to no model")
+            return head(program.graph.epilogue, hidden)  # type: ignore[arg-type]
+
+        return Settings(
+            exits=self.config.exit_layers,
+            gates=() if self._disabled else tuple(self.gate_list()),
+            thresholds=thresholds,
+            # Gradients flow through the masked-dense plan.
+            plan="dense" if self.training and torch.is_grad_enabled() else self._plan,
+            num_layers=program.num_layers,
+            logits=logits,
+        )
+
+    def record(self, run: Run) -> None:
+        """Keeps the statistics of a finished forward."""
+        total = run.real_count * run.settings.num_layers
+        needed = int(run.depth.sum())
+        self.stats.add(run.phase, run.seen, run.exited, run.executed, needed, total)
+        self.last_depth = run.depth
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The handle is no layer.
+
+        Raises:
+            UnsupportedModelError: Always.
+        """
+        raise UnsupportedModelError("ee.adept is a handle; call the model itself")
+
+    def extra_repr(self) -> str:
+        """Exits, thresholds and plan."""
+        return (
+            f"exits={self.config.exits}, thresholds={self.thresholds}, plan={self.plan!r}, "
+            f"kv={self.config.kv!r}"
+        )
+
+
+def _fill_missing(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Lets a state dict without any ``adept.`` key load: the exits keep what they have."""
+    if not any(key.startswith(prefix) for key in state):
+        state.update({prefix + key: value for key, value in module.state_dict().items()})

@@ -1,0 +1,119 @@
+"""Between packed tokens and rows: what attention needs in the compacted layout.
+
+Shapes: ``N`` live tokens, ``R`` rows that have one, ``W`` most live tokens of a row; ``B``, ``S``
+of the call. Every slot of ``[R, W]`` beyond a row's last live token repeats that token, so that
+no query attends to nothing.
+"""
+
+import torch
+from torch import Tensor
+
+from adept_fx.graph.symbols import TokenAxes
+
+
+def take(value: Tensor, axes: TokenAxes, index: Tensor, tokens: int | None) -> Tensor:
+    """Packs chosen tokens: the token axes become ``1`` and ``len(index)``.
+
+    Args:
+        value: Token-aligned value.
+        axes: Its token axes.
+        index: ``b * S + s`` if ``value`` is in the layout of the call, else positions in it.
+        tokens: ``S`` if ``value`` is in the layout of the call, None if it is packed already.
+    """
+    batch, token, flat, _ = axes
+    if flat is not None:
+        return value.index_select(flat, index)
+    if token is None:
+        return value
+    if tokens is None:
+        return value.index_select(token, index)
+    if batch is None:
+        return value.index_select(token, index % tokens)
+    split = _split_batch(value, axes)
+    token = token + (axes.inner > 1 and token > batch)
+    packed = split.movedim((batch, token), (0, 1)).flatten(0, 1).index_select(0, index)
+    return _merge_batch(packed.unsqueeze(0).movedim((0, 1), (batch, token)), axes)
+
+
+class Rows:
+    """The rows behind a packed layout.
+
+    Args:
+        index: Positions ``b * S + s`` of the live tokens, ascending, ``[N]``.
+        batch: ``B``.
+        tokens: ``S``.
+    """
+
+    def __init__(self, index: Tensor, batch: int, tokens: int) -> None:
+        row = torch.div(index, tokens, rounding_mode="floor")
+        self.present, inverse, counts = torch.unique_consecutive(
+            row, return_inverse=True, return_counts=True
+        )
+        self.count = int(self.present.numel())
+        self.width = int(counts.max())
+        start = counts.cumsum(0) - counts
+        within = torch.arange(index.numel(), device=index.device) - start[inverse]
+        self.slot = inverse * self.width + within
+        step = torch.arange(self.width, device=index.device)
+        self.padded = start[:, None] + torch.minimum(step[None, :], counts[:, None] - 1)
+        self.column = (index % tokens)[self.padded]
+        self.all_present = self.count == batch
+        self.batch = batch
+
+    def select(self, cached: Tensor) -> Tensor:
+        """Cached keys or values ``[B, H, T, D]`` of the rows that have a live token."""
+        return cached if self.all_present else cached.index_select(0, self.present)
+
+    def pad(self, value: Tensor, axes: TokenAxes) -> Tensor:
+        """From packed ``[1, N]`` to ``[R, W]``."""
+        batch, token, flat, _ = axes
+        if flat is not None:
+            return value.index_select(flat, self.padded.flatten())
+        if token is None or batch is None:
+            raise ValueError(f"value with token axes {axes} cannot be laid out in rows")
+        split = _split_batch(value, axes)
+        token = token + (axes.inner > 1)
+        wide = split.index_select(token, self.padded.flatten())
+        wide = wide.unflatten(token, (self.count, self.width)).movedim(token, batch)
+        return _merge_batch(wide.squeeze(batch + 1), axes)
+
+    def pack(self, value: Tensor, axes: TokenAxes) -> Tensor:
+        """From ``[R, W]`` to packed ``[1, N]``."""
+        return take(value, axes, self.slot, self.width)
+
+    def of_call(self, value: Tensor, axes: TokenAxes) -> Tensor:
+        """From the layout of the call ``[B, S]`` to ``[R, W]``: masks, position biases."""
+        batch, token, _, _ = axes
+        if batch is None:
+            raise ValueError(f"value with token axes {axes} cannot be laid out in rows")
+        split = _split_batch(value, axes)
+        if split.shape[batch] != self.batch:
+            split = split.expand(*[self.batch if i == batch else -1 for i in range(split.ndim)])
+        if token is None:
+            return _merge_batch(split.index_select(batch, self.present), axes)
+        token = token + (axes.inner > 1)
+        chosen = split.movedim((batch, token), (0, 1))[self.present[:, None], self.column]
+        return _merge_batch(chosen.movedim((0, 1), (batch, token)), axes)
+
+    def causal(self, keys: Tensor, tokens: int) -> Tensor | None:
+        """The mask that transformers left out because ``is_causal`` says the same.
+
+        It does so for one new token (which sees every key) and for a whole prompt (where query
+        ``s`` sees keys up to ``s``).
+        """
+        if tokens == 1:
+            return None
+        step = torch.arange(keys.shape[2], device=keys.device)
+        return (step <= self.column[:, :, None])[:, None]
+
+
+def _split_batch(value: Tensor, axes: TokenAxes) -> Tensor:
+    if axes.inner == 1 or axes.batch is None:
+        return value
+    return value.unflatten(axes.batch, (-1, axes.inner))
+
+
+def _merge_batch(value: Tensor, axes: TokenAxes) -> Tensor:
+    if axes.inner == 1 or axes.batch is None:
+        return value
+    return value.flatten(axes.batch, axes.batch + 1)

@@ -1,0 +1,220 @@
+"""One forward of an exit-aware graph: gates, plans and cache of a single call.
+
+Everything that a call needs lives here and dies with it, so that threads may share a model.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adept_fx.gates.base import Gate, GateInputs
+from adept_fx.graph.symbols import TokenAxes
+from adept_fx.runtime.plan import profitable
+from adept_fx.runtime.rows import take
+from adept_fx.runtime.scores import check_scores
+from adept_fx.runtime.tokens import Tokens
+
+_FEATURES = ("previous", "query", "key", "value")
+_HIDDEN = TokenAxes(batch=0, token=1)
+_HEADS = TokenAxes(batch=0, token=2)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a call takes from the model's handle when it starts.
+
+    Attributes:
+        exits: Exit points, in layers.
+        gates: One per exit point; empty when exits are switched off.
+        thresholds: One per exit point, for this call's phase.
+        plan: ``"auto"``, ``"dense"`` or ``"compact"``.
+        num_layers: Layers of the decoder.
+        logits: Maps exit states ``[N, D]`` to logits ``[N, V]``, for gates that ask for them.
+    """
+
+    exits: tuple[int, ...]
+    gates: tuple[Gate, ...]
+    thresholds: tuple[float, ...]
+    plan: str
+    num_layers: int
+    logits: Callable[[Tensor], Tensor]
+
+
+class Run:
+    """The state of one forward.
+
+    Args:
+        settings: The handle's settings.
+        shape: ``(B, S)`` of the call.
+        real: Tokens that are not padding, ``[B, S]``; None if all are real.
+        cache: The caller's cache; None if the call has none.
+        device: Where the tokens live.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        shape: tuple[int, int],
+        real: Tensor | None,
+        cache: Any,
+        device: torch.device,
+    ) -> None:
+        self.settings = settings
+        self.batch, self.tokens = shape
+        self.real = real
+        self.cache = cache
+        self.phase = "prefill" if self.tokens > 1 else "decode"
+        self.depth = torch.full(shape, settings.num_layers, dtype=torch.long, device=device)
+        if real is not None:
+            self.depth = self.depth * real
+        self.seen = [0] * len(settings.exits)
+        self.exited = [0] * len(settings.exits)
+        self.executed = 0
+        self._departed: list[Tensor] = []
+
+    @cached_property
+    def real_count(self) -> int:
+        """Tokens that are not padding."""
+        return self.batch * self.tokens if self.real is None else int(self.real.sum())
+
+    def enter(self, inputs_embeds: Tensor) -> Tokens:
+        """All tokens, in the layout of the call."""
+        return Tokens(self)
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes a layer's new keys and values; returns all that it may attend to."""
+        if self.cache is None:
+            return key, value
+        keys, values = self.cache.update(key, value, layer)
+        return keys, values
+
+    def decide(
+        self, tokens: Tokens, exit_index: int, hidden: Tensor, features: Sequence[Tensor]
+    ) -> Tokens:
+        """Runs an exit point's gate and lays out the tokens that go on."""
+        if not self.settings.gates:
+            return Tokens(self, before=tokens, active=tokens.active)
+        live = self._live(tokens)
+        leave = self._leaving(tokens, exit_index, hidden, features, live)
+        total = self.batch * self.tokens
+        count = total if live is None else live.numel()
+        leaving = 0 if leave is None else int(leave.sum())
+        self.seen[exit_index] += count
+        self.exited[exit_index] += leaving
+        if leaving and leave is not None:
+            everything = torch.arange(total, device=hidden.device) if live is None else live
+            gone, live = everything[leave], everything[~leave]
+            self.depth.view(-1)[gone] = self.settings.exits[exit_index]
+            self._departed.append(gone)
+        if tokens.index is not None:
+            return self._narrow(tokens, leave if leaving else None)
+        return self._from_dense(tokens, live, count - leaving)
+
+    def _live(self, tokens: Tokens) -> Tensor | None:
+        """Positions of live tokens; None if they are all tokens of the call."""
+        if tokens.index is not None:
+            return tokens.index
+        mask = tokens.active if tokens.active is not None else self.real
+        return None if mask is None else mask.flatten().nonzero().squeeze(1)
+
+    def _leaving(
+        self,
+        tokens: Tokens,
+        exit_index: int,
+        hidden: Tensor,
+        features: Sequence[Tensor],
+        live: Tensor | None,
+    ) -> Tensor | None:
+        """Which live tokens leave, ``[N]``; None if none can."""
+        if tokens.empty and exit_index > 0:
+            return None
+        gate = self.settings.gates[exit_index]
+        inputs = self._gate_inputs(gate, tokens, exit_index, hidden, features, live)
+        scores = check_scores(gate(inputs), inputs, gate)
+        threshold = self.settings.thresholds[exit_index]
+        # Softmax scores reach exactly 1.0 and a gate may overshoot: 1.0 means never.
+        return None if threshold >= 1.0 else scores.float() > threshold
+
+    def _gate_inputs(
+        self,
+        gate: Gate,
+        tokens: Tokens,
+        exit_index: int,
+        hidden: Tensor,
+        features: Sequence[Tensor],
+        live: Tensor | None,
+    ) -> GateInputs:
+        def pick(value: Tensor, axes: TokenAxes) -> Tensor:
+            if tokens.index is None:
+                index = everything if live is None else live
+                value = take(value, axes, index, self.tokens)
+            return value[0] if axes == _HIDDEN else value[0].transpose(0, 1)
+
+        everything = torch.arange(self.batch * self.tokens, device=hidden.device)
+        index = everything if live is None else live
+        states = hidden.flatten(0, 1) if live is None else pick(hidden, _HIDDEN)
+        wanted = [name for name in _FEATURES if name in gate.needs]
+        found = {
+            name: pick(value, _HIDDEN if name == "previous" else _HEADS)
+            for name, value in zip(wanted, features, strict=True)
+        }
+        if "logits" in gate.needs:
+            found["logits"] = self.settings.logits(states)
+        return GateInputs(
+            hidden=states,
+            batch_index=torch.div(index, self.tokens, rounding_mode="floor"),
+            token_index=index % self.tokens,
+            exit_index=exit_index,
+            phase=self.phase,
+            num_exits=len(self.settings.exits),
+            batch_shape=(self.batch, self.tokens),
+            **found,
+        )
+
+    def _narrow(self, tokens: Tokens, leave: Tensor | None) -> Tokens:
+        """A packed layout stays packed."""
+        if leave is None or tokens.index is None:
+            return Tokens(self, index=tokens.index, before=tokens)
+        stay, go = (~leave).nonzero().squeeze(1), leave.nonzero().squeeze(1)
+        return Tokens(
+            self,
+            index=tokens.index[stay],
+            before=tokens,
+            select=stay,
+            departed=tokens.index[go],
+            departed_select=go,
+        )
+
+    def _from_dense(self, tokens: Tokens, live: Tensor | None, count: int) -> Tokens:
+        """Stays dense, or packs the live tokens, whatever is cheaper."""
+        total = self.batch * self.tokens
+        plan = self.settings.plan
+        pack = plan == "compact" or (plan == "auto" and profitable(count, total))
+        if not pack:
+            return Tokens(self, before=tokens, active=self._active(tokens, live))
+        device = self.depth.device
+        index = torch.arange(total, device=device) if live is None else live
+        departed = torch.cat(self._departed).sort().values if self._departed else None
+        if departed is None and not count:
+            # Nothing but padding: one pad gives the cache entries of this call their shape.
+            departed = torch.zeros(1, dtype=torch.long, device=device)
+        return Tokens(
+            self,
+            index=index,
+            before=tokens,
+            select=index,
+            departed=departed,
+            departed_select=departed,
+        )
+
+    def _active(self, tokens: Tokens, live: Tensor | None) -> Tensor | None:
+        if not self._departed:
+            return None
+        if live is None:
+            return tokens.active
+        mask = torch.zeros(self.batch * self.tokens, dtype=torch.bool, device=live.device)
+        return mask.index_fill(0, live, True).view(self.batch, self.tokens)

@@ -1,0 +1,138 @@
+"""Which tokens are in the graph's values at one point of a forward, and how they lie."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from adept_fx.graph.blocks import SynthesizedKV
+from adept_fx.graph.symbols import TokenAxes
+from adept_fx.runtime.rows import Rows, take
+
+if TYPE_CHECKING:
+    from adept_fx.runtime.run import Run
+
+
+class Tokens:
+    """The layout of one stage.
+
+    Dense (``index`` is None): all tokens of the call, ``[B, S]``; tokens that have left are kept
+    by ``freeze``. Compacted: live tokens only, ``[1, N]``, at the positions ``index``.
+
+    Args:
+        run: The forward that this belongs to.
+        index: Positions ``b * S + s`` of live tokens, ascending; None for the dense layout.
+        active: Dense layout: which tokens go on, ``[B, S]``; None if none has left.
+        before: The layout before the exit point; None at the start.
+        select: Positions of live tokens in the layout before; None if it stays.
+        departed: Positions ``b * S + s`` of tokens whose keys are to be synthesized here.
+        departed_select: The same as positions in the layout before.
+    """
+
+    def __init__(
+        self,
+        run: "Run",
+        *,
+        index: Tensor | None = None,
+        active: Tensor | None = None,
+        before: "Tokens | None" = None,
+        select: Tensor | None = None,
+        departed: Tensor | None = None,
+        departed_select: Tensor | None = None,
+    ) -> None:
+        self.run = run
+        self.index = index
+        self.active = active
+        self.select = select
+        self.departed = departed
+        self.departed_select = departed_select
+        # S if the layout before was the call's own
+        self._tokens_before = run.tokens if before is None or before.index is None else None
+
+    @property
+    def empty(self) -> bool:
+        """Whether no token is live: the next stage need not run."""
+        return self.index is not None and self.index.numel() == 0
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The rows of the live tokens."""
+        if self.index is None:
+            raise ValueError("the dense layout has no packed rows")
+        return Rows(self.index, self.run.batch, self.run.tokens)
+
+    def gather(self, value: Tensor, axes: tuple[int | None, int | None, int | None, int]) -> Tensor:
+        """A value of the layout before, in this layout."""
+        if self.select is None:
+            return value
+        return take(value, TokenAxes(*axes), self.select, self._tokens_before)  # type: ignore[arg-type]
+
+    def gather_departed(self, value: Tensor, axes: TokenAxes) -> Tensor:
+        """A value of the layout before, of the tokens whose keys are to be synthesized."""
+        if self.departed_select is None:
+            raise ValueError("no token has left here")
+        return take(value, axes, self.departed_select, self._tokens_before)
+
+    def scatter(self, whole: Tensor, state: Tensor) -> Tensor:
+        """Puts this layout's states over ``whole [B, S, D]``."""
+        if self.index is None:
+            return state
+        if self.empty:
+            return whole
+        return whole.flatten(0, 1).index_copy(0, self.index, state[0]).view_as(whole)
+
+    def freeze(self, new: Tensor, frozen: Tensor) -> Tensor:
+        """Keeps the states of tokens that have left, in the dense layout."""
+        if self.active is None:
+            return new
+        return torch.where(self.active.unsqueeze(-1), new, frozen)
+
+    def write(
+        self, layer: int, key: Tensor, value: Tensor, synthesized: Sequence[SynthesizedKV | None]
+    ) -> tuple[Tensor, Tensor]:
+        """Writes a layer's keys and values, ``[B, H, S, D]`` once assembled, to the cache."""
+        if self.index is None:
+            return self.run.update(layer, key, value)
+        return self._write(layer, [(self.index, key, value)], synthesized)
+
+    def write_skipped(self, layer: int, synthesized: Sequence[SynthesizedKV | None]) -> None:
+        """Writes a layer that no live token runs."""
+        self._write(layer, [], synthesized)
+
+    def _write(
+        self,
+        layer: int,
+        parts: list[tuple[Tensor, Tensor, Tensor]],
+        synthesized: Sequence[SynthesizedKV | None],
+    ) -> tuple[Tensor, Tensor]:
+        for item in synthesized:
+            if item is not None and layer in item.layers:
+                parts.append((item.index, *item.layers[layer]))
+        index = torch.cat([part[0] for part in parts]) if len(parts) > 1 else parts[0][0]
+        key = self._whole(index, [part[1] for part in parts])
+        value = self._whole(index, [part[2] for part in parts])
+        return self.run.update(layer, key, value)
+
+    def _whole(self, index: Tensor, parts: list[Tensor]) -> Tensor:
+        """Lays packed ``[1, H, N, D]`` out as ``[B, H, S, D]``; padding is zero."""
+        batch, tokens = self.run.batch, self.run.tokens
+        packed = (torch.cat(parts, dim=2) if len(parts) > 1 else parts[0])[0].transpose(0, 1)
+        if len(parts) > 1 or index.numel() != batch * tokens:
+            whole = packed.new_zeros(batch * tokens, *packed.shape[1:])
+            packed = whole.index_copy(0, index, packed)
+        return packed.unflatten(0, (batch, tokens)).transpose(1, 2)
+
+    def to_rows(self, value: Tensor | None, kind: str, axes: TokenAxes, keys: Tensor) -> object:
+        """An input of attention, with one row per row of the batch that has a live token."""
+        if value is None:
+            return self.rows.causal(keys, self.run.tokens)
+        if kind == "plain":
+            return value
+        return self.rows.pad(value, axes) if kind == "live" else self.rows.of_call(value, axes)
+
+    def count_stage(self, layers: range) -> None:
+        """Counts the token-layers that a stage computes."""
+        live = self.run.real_count if self.index is None else self.index.numel()
+        self.run.executed += live * len(layers)

@@ -1,0 +1,66 @@
+"""Shells: modules that share everything with another but their identity.
+
+``copy.copy`` of a module shares ``_modules`` itself, and brings along what is bound to the
+original (a compiled call, an instance's own ``forward``), which then silently runs the original.
+"""
+
+import copy
+from typing import Any
+
+from torch import nn
+
+_BOUND = ("_compiled_call_impl", "forward", "adept")
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
+def shell(module: nn.Module) -> nn.Module:
+    """A new module of the same class with the same children, parameters and buffers.
+
+    Its own tables are new: replacing a child of the shell does not touch ``module``. Configs are
+    copies. Nothing that is bound to ``module`` comes along, and no hooks.
+    """
+    new = object.__new__(type(module))
+    state: dict[str, Any] = {k: v for k, v in vars(module).items() if k not in _BOUND}
+    fresh = vars(nn.Module())
+    for name, value in fresh.items():
+        if name.endswith("_hooks") or "_hooks_" in name:
+            state[name] = copy.copy(value)
+    for name in _TABLES:
+        state[name] = type(state[name])(state[name])
+    state["_modules"].pop("adept", None)
+    for name in ("config", "generation_config"):
+        if state.get(name) is not None:
+            state[name] = copy.deepcopy(state[name])
+    new.__dict__.update(state)
+    return new
+
+
+def plain_shell(module: nn.Module) -> nn.Module:
+    """A shell that runs the class's own forward on exactly the module's present children.
+
+    Shares the module's tables of parameters and buffers, so that references into them stay true,
+    and its config.
+    """
+    new = shell(module)
+    new.__dict__["_parameters"] = module._parameters
+    new.__dict__["_buffers"] = module._buffers
+    if "config" in vars(module):
+        new.__dict__["config"] = module.config
+    return new
+
+
+def path_to(model: nn.Module, target: nn.Module) -> list[str] | None:
+    """Attribute names that lead from ``model`` to ``target``; None if it is not inside."""
+    for name, module in model.named_modules():
+        if module is target:
+            return name.split(".") if name else []
+    return None
+
+
+def rebuild(model: nn.Module, path: list[str], inner: nn.Module) -> nn.Module:
+    """Shells for every module on ``path`` from ``model``, ending in ``inner``."""
+    if not path:
+        return inner
+    new = shell(model)
+    new._modules[path[0]] = rebuild(model.get_submodule(path[0]), path[1:], inner)
+    return new

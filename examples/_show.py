@@ -1,0 +1,110 @@
+"""How the quickstart prints: coloured tokens, a histogram of exits, tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from _measure import Quality
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_SHADES = ("#7bd88f", "#c3d86a", "#f2d45c", "#f5a85a", "#ef7a6d")
+_SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
+
+
+def shade(depth: int, layers: int) -> str:
+    """A background from green (few layers) to red (all layers)."""
+    index = round((len(_SHADES) - 1) * (depth - 1) / max(layers - 1, 1))
+    return f"black on {_SHADES[index]}"
+
+
+def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
+    """The text that each token adds; a character split over tokens counts for its last one."""
+    found, before = [], ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end], skip_special_tokens=False)
+        if text.endswith("\ufffd") and end < len(ids):
+            found.append("")
+            continue
+        found.append(text[len(before) :])
+        before = text
+    return found
+
+
+def coloured(tokenizer: Any, ids: list[int], depths: list[int], layers: int, plain: bool) -> Text:
+    """Text with every token in its depth's colour or, in plain output, with its depth behind it."""
+    text = Text()
+    for piece, depth in zip(pieces(tokenizer, ids), depths, strict=True):
+        if plain:
+            body = piece.rstrip("\n")
+            text.append(body + str(depth).translate(_SUBSCRIPTS) + piece[len(body) :])
+        else:
+            text.append(piece, style=shade(depth, layers))
+    return text
+
+
+def print_text(
+    console: Console, tokenizer: Any, prompt: str, ids: list[int], depths: list[int], layers: int
+) -> None:
+    """Prints the prompt and what was generated from it."""
+    plain = not console.color_system
+    text = coloured(tokenizer, ids, depths, layers, plain)
+    console.print(Text(prompt, style="dim") + text, soft_wrap=True, highlight=False)
+    console.print()
+
+
+def print_legend(console: Console, exits: tuple[int, ...], layers: int) -> None:
+    """Says which colour stands for how many layers."""
+    if not console.color_system:
+        console.print("The small number behind a token: layers run to choose it.\n")
+        return
+    legend = Text("layers run to choose a token: ")
+    for depth in (*exits, layers):
+        legend.append(f" {depth} ", style=shade(depth, layers)).append(" ")
+    console.print(legend, end="\n\n")
+
+
+def print_exits(console: Console, stats: Any, layers: int) -> None:
+    """Prints where tokens left, and the work done, since the last reset of the statistics."""
+    phases = stats.as_dict()
+    table = Table(title="Where tokens left", title_justify="left")
+    for name in ("layers", "prefill", "decode", "share"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    rows = [
+        (str(entry["exit"]), entry["prefill"]["exited"], entry["decode"]["exited"])
+        for entry in stats.per_exit
+    ]
+    stayed = [phases[p]["total"] // layers - sum(phases[p]["exited"]) for p in phases]
+    rows.append((f"all {layers}", stayed[0], stayed[1]))
+    everything = max(sum(prefill + decode for _, prefill, decode in rows), 1)
+    for depth, prefill, decode in rows:
+        share = (prefill + decode) / everything
+        bar = "█" * round(40 * share)
+        table.add_row(depth, str(prefill), str(decode), f"{share:.1%}", bar)
+    console.print(table)
+    executed, total = stats.executed_token_layers, stats.total_token_layers
+    share = executed / max(total, 1)
+    console.print(f"token-layers executed: {executed} of {total} ({share:.1%})\n", highlight=False)
+
+
+def print_quality(console: Console, quality: Quality) -> None:
+    """Prints the agreement with the original on held-out text."""
+    console.print(
+        f"held-out text, {quality.tokens} tokens: the next token agrees with the original's for "
+        f"{quality.agreement:.1%},\nat {quality.work:.1%} of its token-layers; loss "
+        f"{quality.loss:.3f} against {quality.original_loss:.3f}\n",
+        highlight=False,
+    )
+
+
+def print_seconds(console: Console, seconds: dict[str, float], tokens: int) -> None:
+    """Prints the times, each also against the first."""
+    first = next(iter(seconds.values()))
+    table = Table(title="Seconds, medians of interleaved runs", title_justify="left")
+    for name in ("", "seconds", "tokens/s", "speed"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, value in seconds.items():
+        table.add_row(name, f"{value:.3f}", f"{tokens / value:.1f}", f"{first / value:.2f}x")
+    console.print(table)

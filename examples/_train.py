@@ -1,0 +1,158 @@
+"""Training with early exits: every step adds the loss of one exit depth, in turn."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+import torch
+from _stdlib_lm import Settings
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import LlamaForCausalLM
+
+
+class Muon:
+    """Momentum with orthogonalized updates, matrices of one shape at a time.
+
+    On so few training tokens it gets much further than AdamW.
+    """
+
+    def __init__(self, matrices: Iterable[nn.Parameter]) -> None:
+        self.groups: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+        for matrix in matrices:
+            self.groups[matrix.shape].append(matrix)
+        self.momentum = {
+            shape: torch.zeros(len(group), *shape, device=group[0].device)
+            for shape, group in self.groups.items()
+        }
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        """Updates all matrices by their gradients."""
+        for shape, group in self.groups.items():
+            gradient = torch.stack([p.grad for p in group if p.grad is not None])
+            momentum = self.momentum[shape].lerp_(gradient, 0.05)
+            update = orthogonalize(gradient.lerp(momentum, 0.95))
+            scale = 0.2 * max(shape) ** 0.5 * rate
+            for parameter, change in zip(group, update, strict=True):
+                parameter.mul_(1 - 0.05 * rate).sub_(change, alpha=scale)
+
+
+def orthogonalize(matrices: Tensor, steps: int = 3) -> Tensor:
+    """Moves all singular values of each matrix towards 1, by a Newton-Schulz iteration."""
+    wide = matrices.shape[-2] <= matrices.shape[-1]
+    x = (matrices if wide else matrices.mT).bfloat16().contiguous()
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        a = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return (x if wide else x.mT).float()
+
+
+def windows(ids: Tensor, settings: Settings) -> Iterator[Tensor]:
+    """Endless shuffled batches `[batch, length + 1]`; every epoch cuts at other places."""
+    order = random.Random(settings.seed)
+    span = settings.length + 1
+    while True:
+        starts = list(range(order.randrange(settings.length), len(ids) - span, settings.length))
+        order.shuffle(starts)
+        for i in range(0, len(starts) - settings.batch, settings.batch):
+            yield torch.stack([ids[s : s + span] for s in starts[i : i + settings.batch]])
+
+
+def losses(model: LlamaForCausalLM, batch: Tensor, exit_layer: int) -> tuple[Tensor, Tensor]:
+    """The loss of the last layer, and that of a token which leaves after `exit_layer` layers."""
+    out = model.model(batch[:, :-1], output_hidden_states=True, use_cache=False)
+    states = (out.last_hidden_state, model.model.norm(out.hidden_states[exit_layer]))
+    target = batch[:, 1:].flatten()
+    last, early = (cross_entropy(model.lm_head(h).float().flatten(0, 1), target) for h in states)
+    return last, early
+
+
+def bfloat16_is_faster(device: torch.device) -> bool:
+    """Measures whether this processor multiplies faster in bfloat16 than in float32."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        a, b = (torch.ones(512, 512, dtype=dtype, device=device) for _ in range(2))
+        times = []
+        for _ in range(8):
+            start = time.perf_counter()
+            (a @ b)[0, 0].item()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return seconds(torch.bfloat16) < 0.7 * seconds(torch.float32)
+
+
+def schedule(done: float) -> float:
+    """The share of the peak learning rate when a share `done` of the training is done."""
+    return min(1.0, done / 0.04 + 0.02, (1 - done) / 0.7 + 0.02)
+
+
+class Trainer:
+    """Model, optimizers and data of one training."""
+
+    def __init__(self, model: LlamaForCausalLM, ids: Tensor, settings: Settings) -> None:
+        self.model, self.settings, self.device = model, settings, model.device
+        layers = [p for p in model.model.layers.parameters() if p.ndim == 2]
+        in_layers = {id(p) for p in layers}
+        self.rest = [p for p in model.parameters() if id(p) not in in_layers]
+        self.muon = Muon(layers)
+        self.adam = torch.optim.AdamW(self.rest, betas=(0.9, 0.95), weight_decay=0.0)
+        self.batches = windows(ids, settings)
+        self.exit_layers = range(settings.first_exit, settings.layers)
+        self.narrow = bfloat16_is_faster(self.device)
+        self.steps, self.loss = 0, 0.0
+
+    def step(self, rate: float) -> None:
+        """One step at a share `rate` of the peak learning rates."""
+        batch = next(self.batches).to(self.device)
+        exit_layer = self.exit_layers[self.steps % len(self.exit_layers)]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.narrow):
+            last, early = losses(self.model, batch, exit_layer)
+        (last + self.settings.exit_weight * early).backward()
+        nn.utils.clip_grad_norm_(self.rest, 1.0)
+        self.adam.param_groups[0]["lr"] = self.settings.adam_rate * rate
+        self.muon.step(self.settings.muon_rate * rate)
+        self.adam.step()
+        self.model.zero_grad()
+        self.steps += 1
+        self.loss += (last.item() - self.loss) * max(0.02, 1 / self.steps)
+
+
+def progress_bar() -> Progress:
+    """A bar with the step, the loss and the time."""
+    text = TextColumn(
+        "[bold]training[/]  step {task.fields[step]:>4}  loss {task.fields[loss]:.3f}"
+    )
+    return Progress(text, BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+
+
+def train(model: LlamaForCausalLM, ids: Tensor, settings: Settings) -> dict[str, float]:
+    """Trains for `settings.steps` steps or `settings.seconds` seconds, whichever ends first.
+
+    Returns:
+        The loss reached (a running mean of the last layer's), steps, tokens and seconds.
+    """
+    trainer, start, done, elapsed = Trainer(model, ids, settings), time.perf_counter(), 0.0, 0.0
+    model.train()
+    with progress_bar() as bar:
+        task = bar.add_task("", total=1.0, step=0, loss=float("nan"))
+        while done < 1:
+            trainer.step(schedule(done))
+            elapsed = time.perf_counter() - start
+            done = max(trainer.steps / settings.steps, elapsed / settings.seconds)
+            bar.update(task, completed=min(done, 1.0), step=trainer.steps, loss=trainer.loss)
+    model.eval()
+    tokens = trainer.steps * settings.batch * settings.length
+    return {"loss": trainer.loss, "steps": trainer.steps, "tokens": tokens, "seconds": elapsed}

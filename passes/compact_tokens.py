@@ -1,0 +1,375 @@
+"""Cuts the graph into stages and puts token compaction between them."""
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx import Node
+
+from adept_fx.errors import PassError, UnsupportedModelError
+from adept_fx.graph import meta
+from adept_fx.graph.base import Pass, PassResult, Work
+from adept_fx.graph.base import Stage as Reached
+from adept_fx.graph.blocks import AttentionRegion, Block, Stage, Synthesis
+from adept_fx.graph.extract import Extraction, needed
+from adept_fx.graph.meta import PROLOGUE
+from adept_fx.graph.symbols import Symbols, TokenAxes, is_scalar, token_axes
+from adept_fx.ops import tokens as ops
+
+_FREEZE = torch.ops.adept_fx.freeze.default
+_WRITE = torch.ops.adept_fx.cache_write.default
+_GATE = torch.ops.adept_fx.gate.default
+
+
+class CompactTokens(Pass):
+    """Makes the exit-aware graph: stages, gates, KV synthesis, gather and scatter.
+
+    Before: one flat masked-dense graph. After::
+
+        cos, sin = prologue(position_ids)
+        all_tokens = enter(run, inputs_embeds)
+        hidden_0 = stage_0(all_tokens, inputs_embeds, mask, cos, sin)
+        exit_0 = decide(all_tokens, 0, hidden_0)
+        kv_0 = kv_0(exit_0, hidden_0, cos, sin)
+        hidden_0_live = gather_tokens(exit_0, hidden_0); cos_1 = ...
+        hidden_1 = stage_1(exit_0, hidden_0_live, mask, cos_1, sin_1, kv_0)
+        hidden = scatter_tokens((all_tokens, exit_0), (hidden_0, hidden_1))
+        return epilogue(hidden)
+
+    Guarantees: no marker op is left; no size crosses a border between parts.
+
+    Refuses when: a value with a batch axis but no token axis crosses an exit point.
+    """
+
+    needs = Reached.SYNTHESIZED
+    reaches = Reached.COMPACTED
+
+    def call(self, work: Work) -> PassResult:
+        """Builds the outer graph and the submodules, then replaces ``work.graph``."""
+        if work.stage >= Reached.COMPACTED:
+            return PassResult(False, {"stages": len(work.exits) + 1})
+        plan = _Partition.of(work)
+        work.graph = _Outer(work, plan).build()
+        return PassResult(True, {"stages": len(work.exits) + 1, "gathers": self._gathers(work)})
+
+    def _gathers(self, work: Work) -> int:
+        return len(work.find(ops.gather_tokens))
+
+    def ensures(self, work: Work) -> None:
+        """Checks that nothing but lowered calls is left, at every depth."""
+        for module in work.graph.modules():
+            for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+                if getattr(node.target, "namespace", None) == "adept_fx":
+                    raise PassError(f"compact_tokens left the marker {node.format_node()}")
+        for node in work.graph.graph.nodes:
+            if node.op == "call_function" and node.target not in _OUTER:
+                raise PassError(f"compact_tokens left {node.format_node()} between the stages")
+
+
+_OUTER = {
+    ops.enter,
+    ops.decide,
+    ops.gather_tokens,
+    ops.scatter_tokens,
+    operator.getitem,
+}
+
+
+def _edges(node: Node) -> list[Node]:
+    """What a node needs once lowered: gates, probes and synthesized values come otherwise."""
+    if node.target in (_FREEZE, _WRITE):
+        return [i for i in node.args[:2] if isinstance(i, Node)]
+    return node.all_input_nodes
+
+
+@dataclass
+class _Partition:
+    """Which nodes each part returns and reads.
+
+    ``live[i]`` are values from before stage ``i`` that it needs in its own layout, ``call[i]``
+    those that its attention regions need in the layout of the call.
+    """
+
+    order: dict[Node, int]
+    borders: dict[int, Node]
+    nodes: list[list[Node]] = field(default_factory=list)
+    outputs: list[list[Node]] = field(default_factory=list)
+    live: list[list[Node]] = field(default_factory=list)
+    call: list[list[Node]] = field(default_factory=list)
+
+    @staticmethod
+    def of(work: Work) -> "_Partition":
+        graph = work.graph.graph
+        borders = {b: n for n in graph.nodes if (b := meta.get(n).border) is not None}
+        self = _Partition({n: i for i, n in enumerate(graph.nodes)}, borders)
+        bounds = [0, *work.exits, work.num_layers]
+        gates = {gate.args[3]: gate for gate in work.find(_GATE)}
+        for index, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            features = list(gates[index].args[1]) if index in gates else []
+            self._add_stage(range(low, high), [borders[high], *features], work.symbols)
+        epilogue = [n for n in graph.output_node().all_input_nodes]
+        last = range(work.num_layers, work.num_layers + 1)
+        self._add_stage(last, epilogue, work.symbols)
+        return self
+
+    def _add_stage(self, layers: range, outputs: list[Node], symbols: Symbols) -> None:
+        outside = _Outside(layers, self.borders.get(layers.start) if layers.start else None)
+        nodes = needed(outputs, outside, self.order, symbols, _edges)
+        live, call = {}, {}
+        for node in nodes:
+            region = node.op == "call_module"
+            for i in _edges(node):
+                if i not in outside or i is outside.border or is_scalar(i):
+                    continue
+                in_call_layout = region and meta.get(i).layer == PROLOGUE
+                (call if in_call_layout else live)[i] = None
+        self.nodes.append(nodes)
+        self.outputs.append(outputs)
+        self.live.append(list(live))
+        self.call.append(list(call))
+
+
+@dataclass
+class _Outside:
+    """Where a part's slice stops: inputs of the graph and what other parts compute."""
+
+    layers: range
+    border: Node | None
+
+    def __contains__(self, node: object) -> bool:
+        if not isinstance(node, Node) or node is self.border:
+            return node is self.border
+        facts = meta.get(node)
+        if facts.source is not None or facts.layer is None:
+            return False  # depends on parameters only: computed where it is needed
+        return node.op == "placeholder" or facts.layer not in self.layers
+
+
+class _Outer:
+    """Builds the outer graph, part after part."""
+
+    def __init__(self, work: Work, plan: _Partition) -> None:
+        self.work = work
+        self.plan = plan
+        self.graph = fx.Graph()
+        self.root = nn.Module()
+        self.now: dict[Node, Node] = {}  # flat value -> outer value in the present layout
+        self.first: dict[Node, Node] = {}  # flat value -> outer value in the layout of the call
+        self.kv: list[Node] = []
+
+    def build(self) -> fx.GraphModule:
+        run = self.graph.placeholder("run")
+        flat = self.work.graph.graph
+        for node in flat.find_nodes(op="placeholder"):
+            if meta.get(node).source is None and not node.name.startswith("slots_"):
+                self.first[node] = self.graph.placeholder(node.name)
+        self._prologue()
+        embeds = next(n for n in self.first if n.name == "inputs_embeds")
+        self.now = dict(self.first)
+        layouts = [self._call(ops.enter, (run, self.first[embeds]), "all_tokens")]
+        states = []
+        hidden = self.first[embeds]
+        for index in range(len(self.work.exits) + 1):
+            outputs = self._stage(index, layouts[-1], hidden)
+            states.append(outputs[0])
+            if index < len(self.work.exits):
+                layouts.append(self._exit(index, layouts[-1], outputs))
+                hidden = self._gather(index, layouts[-1], outputs[0])
+        arguments = (tuple(layouts), tuple(states))
+        hidden = self._call(ops.scatter_tokens, arguments, "hidden")
+        self.graph.output(self._epilogue(hidden))
+        self.graph.lint()
+        return fx.GraphModule(self.root, self.graph, class_name="ExitAwareGraph")
+
+    def _call(self, function: Any, arguments: tuple[Any, ...], name: str) -> Node:
+        return self.graph.create_node("call_function", function, arguments, {}, name=name)
+
+    def _block(self, name: str, block: nn.Module, arguments: tuple[Any, ...]) -> Node:
+        self.root.add_module(name, block)
+        return self.graph.create_node("call_module", name, arguments, {}, name=name)
+
+    def _sources(self, part: Extraction) -> list[Any]:
+        return [self.work.sources[node.name] for node in part.sources]
+
+    def _items(self, node: Node, outputs: list[Node]) -> list[Node]:
+        """Unpacks a part's outputs, named after what they are in the flat graph."""
+        return [
+            self.graph.create_node(
+                "call_function", operator.getitem, (node, at), {}, name=item.name
+            )
+            for at, item in enumerate(outputs)
+        ]
+
+    def _prologue(self) -> None:
+        """Everything that the layers read but no layer computes: positions, rotary tables."""
+        wanted = {
+            node: None
+            for group in (*self.plan.live, *self.plan.call, *self._synthesis_inputs())
+            for node in group
+            if node not in self.first and meta.get(node).layer == PROLOGUE
+        }
+        if not wanted:
+            return
+        outputs = sorted(wanted, key=self.plan.order.__getitem__)
+        part = Extraction(self.work.symbols)
+        for node in self.first:
+            part.add_input(node)
+        part.copy(needed(outputs, self.first, self.plan.order, self.work.symbols))
+        module = part.finish(outputs)
+        _drop_unused(module, part)
+        block = Block(module, self._sources(part))
+        call = self._block("prologue", block, tuple(self.first[node] for node in part.inputs))
+        self.first.update(zip(outputs, self._items(call, outputs), strict=True))
+
+    def _synthesis_inputs(self) -> list[list[Node]]:
+        return [
+            [i for i in self._kv_call(index).args if isinstance(i, Node)]
+            for index in range(len(self.work.exits))
+        ]
+
+    def _kv_call(self, index: int) -> Node:
+        name = f"kv_{index}"
+        return next(n for n in self.work.graph.graph.nodes if n.target == name)
+
+    def _stage(self, index: int, tokens: Node, hidden: Node) -> list[Node]:
+        plan, work = self.plan, self.work
+        bounds = [0, *work.exits, work.num_layers]
+        layers = range(bounds[index], bounds[index + 1])
+        builder = _StageBuilder(work, plan, index, len(self.kv))
+        module = builder.build(layers)
+        outputs = plan.outputs[index]
+        stage = Stage(module, self._sources(builder.part), layers, len(outputs))
+        live = [self.now[node] for node in builder.live]
+        call = [self.first[node] for node in plan.call[index]]
+        node = self._block(f"stage_{index}", stage, (tokens, hidden, *live, *call, *self.kv))
+        if len(outputs) == 1:
+            return [node]
+        return self._items(node, outputs)
+
+    def _exit(self, index: int, tokens: Node, outputs: list[Node]) -> Node:
+        decision = self._call(ops.decide, (tokens, index, *outputs), f"exit_{index}")
+        call = self._kv_call(index)
+        flat = self.work.graph.get_submodule(f"kv_{index}")
+        inputs = [n for n in call.args if isinstance(n, Node) and meta.get(n).source is None]
+        sources = [n for n in call.args if isinstance(n, Node) and meta.get(n).source is not None]
+        axes = [token_axes(n.meta["val"], self.work.symbols) for n in inputs]
+        layers = range(self.work.exits[index], self.work.num_layers)
+        refs = [self.work.sources[node.name] for node in sources]
+        if not isinstance(flat, fx.GraphModule):
+            raise PassError(f"kv_{index} is no graph")
+        block = Synthesis(flat, refs, layers, axes)
+        values = [outputs[0], *(self.now[node] for node in inputs[1:])]
+        self.kv.append(self._block(f"kv_{index}", block, (decision, *values)))
+        return decision
+
+    def _gather(self, index: int, tokens: Node, hidden: Node) -> Node:
+        """Compacts the state and everything that later stages read token by token."""
+        later = {n: None for live in self.plan.live[index + 1 : -1] for n in live}
+        kv = {n: None for inputs in self._synthesis_inputs()[index + 1 :] for n in inputs[1:]}
+        for node in sorted({**later, **kv}, key=self.plan.order.__getitem__):
+            axes = token_axes(node.meta["val"], self.work.symbols)
+            if meta.get(node).source is not None or not axes:
+                continue
+            _check_aligned(node, axes)
+            name = f"{node.name}_{index + 1}"
+            arguments = (tokens, self.now[node], tuple(axes))
+            self.now[node] = self._call(ops.gather_tokens, arguments, name)
+        axes = TokenAxes(batch=0, token=1)
+        return self._call(ops.gather_tokens, (tokens, hidden, tuple(axes)), f"live_{index + 1}")
+
+    def _epilogue(self, hidden: Node) -> Node:
+        """The final norm, and whatever else follows the last layer."""
+        work, plan = self.work, self.plan
+        part = Extraction(work.symbols)
+        part.add_input(plan.borders[work.num_layers], "hidden")
+        for node in plan.live[-1]:
+            part.add_input(node)
+        part.copy(plan.nodes[-1])
+        module = part.finish(plan.outputs[-1][0])
+        block = Block(module, self._sources(part))
+        return self._block("epilogue", block, (hidden, *(self.first[n] for n in plan.live[-1])))
+
+
+def _check_aligned(node: Node, axes: TokenAxes) -> None:
+    if not axes.aligned:
+        raise UnsupportedModelError(
+            f"{node.name} has one entry per row, not per token, and is read after an exit point",
+            hint="such a value has no place in a compacted stage",
+        )
+
+
+def _drop_unused(module: fx.GraphModule, part: Extraction) -> None:
+    """Removes inputs that the part does not read."""
+    for outer in list(part.inputs):
+        inner = part.copies[outer]
+        if not inner.users:
+            module.graph.erase_node(inner)
+            part.inputs.remove(outer)
+    module.recompile()
+
+
+class _StageBuilder:
+    """Copies the nodes of one stage, with marker ops lowered to calls on the tokens' layout."""
+
+    def __init__(self, work: Work, plan: _Partition, index: int, synthesized: int) -> None:
+        self.work = work
+        self.plan = plan
+        self.index = index
+        self.live = [n for n in plan.live[index] if n.name != "inputs_embeds" or index]
+        self.part = Extraction(work.symbols)
+        self.tokens = self.part.placeholder("tokens")
+        self.root = nn.Module()
+        self.synthesized_count = synthesized
+        self.call: dict[Node, Node] = {}
+        self.kv: list[Node] = []
+
+    def build(self, layers: range) -> fx.GraphModule:
+        part, plan = self.part, self.plan
+        hidden = plan.borders[layers.start] if self.index else _embeds(self.work)
+        part.add_input(hidden, "hidden")
+        for node in self.live:
+            part.add_input(node)
+        for node in plan.call[self.index]:
+            self.call[node] = part.placeholder(node.name, node)
+        self.kv = [part.placeholder(f"kv_{i}") for i in range(self.synthesized_count)]
+        part.copy(plan.nodes[self.index], self._lower)
+        outputs = plan.outputs[self.index]
+        return part.finish(outputs[0] if len(outputs) == 1 else tuple(outputs), self.root)
+
+    def _lower(self, part: Extraction, node: Node) -> Node | None:
+        if node.target is _FREEZE:
+            new, frozen = (part.lookup(i) for i in _edges(node))
+            return part.graph.call_function(ops.freeze_tokens, (self.tokens, new, frozen))
+        if node.target is _WRITE:
+            key, value = (part.lookup(i) for i in _edges(node))
+            arguments = (self.tokens, key, value, node.args[3], tuple(self.kv))
+            return part.graph.call_function(ops.write_cache, arguments)
+        if node.op == "call_module":
+            return self._attention(part, node)
+        return None
+
+    def _attention(self, part: Extraction, node: Node) -> Node:
+        symbols = self.work.symbols
+        kinds, axes = [], []
+        arguments: list[Any] = [part.lookup(i) for i in _edges(node)[:2]]
+        for i in node.args[2:]:
+            if not isinstance(i, Node):
+                raise PassError(f"attention region {node.name} has the constant input {i}")
+            found = token_axes(i.meta["val"], symbols)
+            in_call = i in self.call
+            kinds.append("plain" if not found else "call" if in_call else "live")
+            axes.append(found)
+            arguments.append(self.call[i] if in_call else part.lookup(i))
+        graph = self.work.graph.get_submodule(str(node.target))
+        output = token_axes(node.meta["val"], symbols)
+        if not isinstance(graph, fx.GraphModule) or not isinstance(node.meta["val"], Tensor):
+            raise PassError(f"{node.target} is no attention region")
+        self.root.add_module(str(node.target), AttentionRegion(graph, kinds, axes, output))
+        return part.graph.call_module(str(node.target), (self.tokens, *arguments))
+
+
+def _embeds(work: Work) -> Node:
+    inputs = work.graph.graph.find_nodes(op="placeholder")
+    return next(node for node in inputs if node.name == "inputs_embeds")
