@@ -6,7 +6,10 @@ key length per kind of layer. Cache writes, masks, attention and the input embed
 """
 
 import inspect
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,7 +133,8 @@ def capture(decoder: nn.Module, *, positions: bool) -> Capture:
         # Rows of the cache are their own symbol; a decoder that computes attention itself, with
         # the batch size in its reshapes, needs them tied to the batch.
         try:
-            program, symbols = _export(decoder, recorder, positions, rows=_ROWS)
+            with _quiet():
+                program, symbols = _export(decoder, recorder, positions, rows=_ROWS)
         except AdeptError:
             raise
         except Exception:  # noqa: BLE001 -- export raises anything; the second try tells
@@ -152,6 +156,17 @@ def capture(decoder: nn.Module, *, positions: bool) -> Capture:
         positions=positions,
         kinds=cache_kinds(decoder.config, cache),
     )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps torch from logging a failure that the second try may mend."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _export_tied(

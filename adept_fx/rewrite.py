@@ -47,7 +47,7 @@ def transform(model: nn.Module, config: ExitConfig | None = None) -> Any:
     weight = decoder.get_input_embeddings().weight
     dtype = decoder.dtype if isinstance(decoder.dtype, torch.dtype) else weight.dtype
     gates = build_gates(resolved, hidden_size(decoder), weight.device, dtype)
-    adept = Adept(resolved, gates)
+    adept = Adept(resolved, gates, one_threshold=config.prefill_threshold is None)
     adept.train(model.training)
     exit_aware = shell(decoder)
     forward = ExitAwareForward(adept, exit_aware)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from _measure import Quality
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from _measure import Quality
 
 _SHADES = ("#7bd88f", "#c3d86a", "#f2d45c", "#f5a85a", "#ef7a6d")
 _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")

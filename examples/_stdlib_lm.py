@@ -46,7 +46,7 @@ class Settings:
     batch: int = 6
     steps: int = 1500
     seconds: float = 195.0
-    muon_rate: float = 0.01
+    muon_rate: float = 0.008
     adam_rate: float = 2e-2
     exit_weight: float = 0.5
     first_exit: int = 2

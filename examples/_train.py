@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 import torch
-from _stdlib_lm import Settings
 from rich.progress import (
     BarColumn,
     Progress,
@@ -19,6 +18,8 @@ from rich.progress import (
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
+
+from _stdlib_lm import Settings
 
 
 class Muon:

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 import transformers
-from _measure import DepthRecorder, generate, measure_quality, median_seconds, same_prefix
-from _show import print_exits, print_legend, print_quality, print_seconds, print_text
-from _stdlib_lm import Settings, load_or_train, stdlib_texts
-from _train import train
 from rich.console import Console
 from torch import Tensor
 
 import adept_fx
+from _measure import DepthRecorder, generate, measure_quality, median_seconds, same_prefix
+from _show import print_exits, print_legend, print_quality, print_seconds, print_text
+from _stdlib_lm import Settings, load_or_train, stdlib_texts
+from _train import train
 from adept_fx import AdeptError, ExitConfig
 
 PROMPTS = (
@@ -76,6 +76,13 @@ def exit_points(text: str) -> tuple[int, ...] | str:
     if not all(part.strip().isdecimal() for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not like '3,5' or 'every:4'")
     return tuple(int(part) for part in parts)
+
+
+def check_exits(options: Any) -> None:
+    """Refuses wrong exits before anything is trained."""
+    config = ExitConfig(exits=options.exits)
+    if not options.model:
+        config.resolve(Settings().layers)
 
 
 def load(options: Any, console: Console) -> tuple[Any, Any]:
@@ -151,6 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     transformers.logging.disable_progress_bar()
     console = Console()
     try:
+        if options.exits:
+            check_exits(options)
         model, tokenizer = load(options, console)
         layers = model.config.get_text_config().num_hidden_layers
         exits = options.exits or default_exits(layers)

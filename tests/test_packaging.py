@@ -1,4 +1,4 @@
-"""What is installed is what is in the repository, and the set-up commands are the documented ones."""
+"""What is installed is what the repository holds; set-up commands are the documented ones."""
 
 from __future__ import annotations
 

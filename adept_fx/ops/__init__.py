@@ -5,6 +5,6 @@ cache, the masks, the attention kernel, the gates. They have shapes but no kerne
 pass replaces every one of them before a graph may run.
 """
 
-from adept_fx.ops import attention, cache_write, embed, freeze, gate, mask
+from adept_fx.ops import attention, cache_write, embed, freeze, gate, mask, project, tokens
 
-__all__ = ["attention", "cache_write", "embed", "freeze", "gate", "mask"]
+__all__ = ["attention", "cache_write", "embed", "freeze", "gate", "mask", "project", "tokens"]

@@ -33,9 +33,12 @@ class Adept(nn.Module):
             layers if none was skipped, 0 for padding; None before the first forward.
     """
 
-    def __init__(self, config: ExitConfig, gates: Sequence[Gate]) -> None:
+    def __init__(
+        self, config: ExitConfig, gates: Sequence[Gate], *, one_threshold: bool = True
+    ) -> None:
         super().__init__()
         self.config = config
+        self._one_threshold = one_threshold  # for both phases
         self.gates = nn.ModuleList(gates)
         self.stats = Stats(config.exit_layers)
         self.last_depth: Tensor | None = None
@@ -87,7 +90,7 @@ class Adept(nn.Module):
     @thresholds.setter
     def thresholds(self, value: float | Sequence[float] | Tensor) -> None:
         self._thresholds = self._checked(value)
-        if self.config.prefill_threshold is None:
+        if self._one_threshold:
             self._prefill_thresholds = self._thresholds
 
     @property
