@@ -67,7 +67,7 @@ def restore(ee: nn.Module) -> Any:
     """Gives back the original model: same class, same parameters, no exits.
 
     Args:
-        ee: A model returned by :func:`transform`, which keeps working.
+        ee: A model returned by :func:`transform`. It keeps working, but is no longer compiled.
 
     Raises:
         UnsupportedModelError: ``ee`` was not transformed.
@@ -75,6 +75,7 @@ def restore(ee: nn.Module) -> Any:
     adept = getattr(ee, "adept", None)
     if not isinstance(adept, Adept):
         raise UnsupportedModelError("this model was not made by adept_fx.transform")
+    adept.uncompile()
     decoder = adept.decoder
     path = path_to(ee, decoder)
     return rebuild(ee, path or [], shell(decoder))

@@ -82,7 +82,7 @@ def print_exits(console: Console, stats: Any, layers: int) -> None:
     everything = max(sum(prefill + decode for _, prefill, decode in rows), 1)
     for depth, prefill, decode in rows:
         share = (prefill + decode) / everything
-        bar = "█" * round(40 * share)
+        bar = "█" * round(30 * share)
         table.add_row(depth, str(prefill), str(decode), f"{share:.1%}", bar)
     console.print(table)
     executed, total = stats.executed_token_layers, stats.total_token_layers
@@ -93,10 +93,11 @@ def print_exits(console: Console, stats: Any, layers: int) -> None:
 def print_quality(console: Console, quality: Quality) -> None:
     """Prints the agreement with the original on held-out text."""
     console.print(
-        f"held-out text, {quality.tokens} tokens: the next token agrees with the original's for "
-        f"{quality.agreement:.1%},\nat {quality.work:.1%} of its token-layers; loss "
+        f"held-out text, {quality.tokens} tokens: {quality.agreement:.1%} of the next tokens agree "
+        f"with the original's,\nneeding {quality.work:.1%} of its token-layers; loss "
         f"{quality.loss:.3f} against {quality.original_loss:.3f}\n",
         highlight=False,
+        soft_wrap=True,
     )
 
 

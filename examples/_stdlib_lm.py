@@ -38,14 +38,14 @@ class Settings:
     """Everything that decides what is trained; its hash names the cache entry."""
 
     layers: int = 8
-    hidden: int = 192
+    hidden: int = 128
     heads: int = 4
-    mlp: int = 512
-    vocabulary: int = 2048
+    mlp: int = 384
+    vocabulary: int = 1024
     length: int = 128
-    batch: int = 6
-    steps: int = 1500
-    seconds: float = 195.0
+    batch: int = 8
+    steps: int = 2000
+    seconds: float = 205.0
     muon_rate: float = 0.008
     adam_rate: float = 2e-2
     exit_weight: float = 0.5

@@ -39,7 +39,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentP
     add = parser.add_argument
     add("--model", metavar="NAME_OR_PATH", help="any causal language model; default: train one")
     add("--exits", type=exit_points, metavar="3,5", help="exit points, in layers; or every:N")
-    add("--threshold", type=fraction, default=0.9, help="leave above this probability (0.9)")
+    add(
+        "--threshold", type=fraction, help="leave above this probability (0.9; 0.5 if trained here)"
+    )
     add("--batch", type=positive, default=1, help="number of prompts generated from at once (1)")
     add("--prompt", help="text to go on from, for all rows; default: openings of Python code")
     add("--tokens", type=positive, default=96, help="tokens to generate per row (96)")
@@ -96,11 +98,12 @@ def load(options: Any, console: Console) -> tuple[Any, Any]:
             Settings(), lambda fresh, ids, settings: train(fresh.to(device), ids, settings)
         )
         console.print(
-            "a Llama of {layers} layers, trained on the standard library for {seconds:.0f} s: "
-            "loss {loss:.2f} after {tokens:.0f} tokens\n".format(
+            "a Llama of {layers} layers, trained on the standard library: loss {loss:.2f} after "
+            "{tokens} tokens and {seconds:.0f} s\n".format(
                 layers=model.config.num_hidden_layers, **figures
             ),
             highlight=False,
+            soft_wrap=True,
         )
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
@@ -112,6 +115,11 @@ def load(options: Any, console: Console) -> tuple[Any, Any]:
 def default_exits(layers: int) -> tuple[int, ...]:
     """A quarter, half and three quarters of the way."""
     return tuple(sorted({e for e in (layers // 4, layers // 2, 3 * layers // 4) if e >= 1}))
+
+
+def default_threshold(options: Any) -> float:
+    """Lower for the model trained here: it learned to predict at every exit."""
+    return 0.9 if options.model else 0.5
 
 
 def held_out_ids(tokenizer: Any, device: torch.device, rows: int = 16, length: int = 128) -> Tensor:
@@ -134,7 +142,7 @@ def show(model: Any, ee: Any, tokenizer: Any, options: Any, console: Console) ->
         print_text(console, tokenizer, prompt, row, depths, layers)
     print_exits(console, ee.adept.stats, layers)
     same = same_prefix(ids, generate(model, inputs, options.tokens))
-    console.print(f"tokens before the text parts from the original's: {same} of {options.tokens}")
+    console.print(f"tokens before a text parts from the original's: {same} of {options.tokens}")
     print_quality(console, measure_quality(model, ee, held_out_ids(tokenizer, model.device)))
     runs = {
         "original": lambda: generate(model, inputs, options.tokens),
@@ -163,7 +171,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model, tokenizer = load(options, console)
         layers = model.config.get_text_config().num_hidden_layers
         exits = options.exits or default_exits(layers)
-        config = ExitConfig(exits=exits, gate="max_prob", threshold=options.threshold)
+        threshold = (
+            options.threshold if options.threshold is not None else default_threshold(options)
+        )
+        config = ExitConfig(exits=exits, gate="max_prob", threshold=threshold)
         ee = adept_fx.transform(model, config)
     except (AdeptError, OSError, ValueError) as error:
         parser.error(str(error))

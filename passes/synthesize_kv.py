@@ -10,6 +10,7 @@ from adept_fx.errors import PassError, UnsupportedModelError
 from adept_fx.graph import meta
 from adept_fx.graph.base import Pass, PassResult, Stage, Work
 from adept_fx.graph.extract import Extraction, needed
+from adept_fx.graph.merge import merge_projections
 from adept_fx.graph.meta import PROLOGUE
 from adept_fx.graph.projections import cut_unused_columns
 from adept_fx.graph.symbols import is_scalar
@@ -74,6 +75,7 @@ class SynthesizeKV(Pass):
         sources = list(part.sources)
         module = part.finish(outputs)
         cut = cut_unused_columns(module, work.symbols)
+        merge_projections(module)
         work.graph.add_submodule(f"kv_{index}", module)
         self._connect(work, gate, index, part.inputs + sources, [writes[i] for i in layers])
         return cut

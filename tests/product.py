@@ -33,10 +33,13 @@ class Counted(Replay):
         return super().forward(tokens)
 
 
-@cache
+# `cache` tells f("a") from f("a", "fp32"), so what it wraps has no defaults.
+_tiny = cache(tiny)
+
+
 def raw(model_type: str, dtype: str = "fp32") -> PreTrainedModel:
     """The original, which the rewritten model shares its parameters with."""
-    return tiny(model_type, DTYPES[dtype])
+    return _tiny(model_type, DTYPES[dtype])
 
 
 @cache
@@ -50,9 +53,13 @@ def short(model_type: str, layers: int) -> PreTrainedModel:
     return cut(raw(model_type), layers)
 
 
-@cache
 def rewritten(model_type: str, dtype: str = "fp32", exits: tuple[int, ...] = EXITS) -> Any:
     """A transform takes seconds: tests share it, and set plan, gates and thresholds each time."""
+    return _rewritten(model_type, dtype, exits)
+
+
+@cache
+def _rewritten(model_type: str, dtype: str, exits: tuple[int, ...]) -> Any:
     config = adept_fx.ExitConfig(exits=exits, gate=Replay([]), threshold=THRESHOLD)
     return adept_fx.transform(raw(model_type, dtype), config)
 

@@ -13,7 +13,6 @@ BF16_TYPES = ("llama", "gemma3_text", "gpt2")
 EXIT_SETS: dict[str, tuple[tuple[int, ...], ...]] = {
     "llama": (EXITS, (2,), (1, 2, 3)),
     "gpt2": (EXITS, (3,)),
-    "mixtral": (EXITS, (1, 2)),
 }
 
 BASE = settings(

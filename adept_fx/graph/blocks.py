@@ -4,10 +4,11 @@ Each holds a plain ``fx.GraphModule`` and the places where the model keeps the t
 needs. None owns a parameter.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from adept_fx.capture import TensorRef
@@ -26,10 +27,16 @@ class Block(nn.Module):
         super().__init__()
         self.graph = graph
         self.sources = list(sources)
+        self._compiled: list[Callable[..., Any]] = []  # in a list: it must not become a child
 
     def forward(self, *inputs: Any) -> Any:
         """Runs the graph on ``inputs`` and the model's tensors as they are now."""
-        return self.graph(*inputs, *[source.get() for source in self.sources])
+        run = self._compiled[0] if self._compiled else self.graph
+        return run(*inputs, *[source.get() for source in self.sources])
+
+    def compile_graph(self, options: dict[str, Any]) -> None:
+        """Makes further calls run the graph through ``torch.compile(**options)``."""
+        self._compiled = [torch.compile(self.graph, **options)]
 
 
 class Stage(Block):

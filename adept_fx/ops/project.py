@@ -34,3 +34,39 @@ def project_heads(
     if chosen is not None:
         heads = heads + chosen.unsqueeze(1)
     return heads.transpose(0, 1).reshape(*states.shape[:-1], -1)
+
+
+# Measured on one and two cores of an x86-64 server, 8 layers, D 256 to 4096: in bf16 one batched
+# GEMM takes 0.4 to 0.9 of the loop's time up to 16 tokens, as much or more beyond; in float32 it
+# gains nothing at any size. On CUDA one launch replaces many.
+_BATCHED_TOKENS = 16
+
+
+def project_layers(
+    states: list[Tensor], weights: list[Tensor], biases: list[Tensor] | None
+) -> list[Tensor]:
+    """One projection per layer: ``[linear(x, w, b) for x, w, b in zip(...)]``.
+
+    Args:
+        states: Per layer ``[..., D]``, all of one shape.
+        weights: Per layer ``[O, D]``.
+        biases: Per layer ``[O]``, or None.
+    """
+    chosen = biases if biases is not None else [None] * len(weights)
+    return [F.linear(x, w, b) for x, w, b in zip(states, weights, chosen, strict=True)]
+
+
+def project_stacked(states: list[Tensor], stack: Tensor, biases: list[Tensor] | None) -> list[Tensor]:
+    """:func:`project_layers` on weights that lie in one buffer ``[L, O, D]``.
+
+    Takes one batched GEMM where that measures faster, the loop elsewhere.
+    """
+    tokens = states[0].numel() // states[0].shape[-1]
+    small = stack.dtype != torch.float32 and tokens <= _BATCHED_TOKENS
+    if not small and stack.device.type == "cpu":
+        return project_layers(states, list(stack.unbind(0)), biases)
+    flat = torch.stack([state.reshape(tokens, -1) for state in states])
+    result = torch.bmm(flat, stack.transpose(1, 2))
+    if biases is not None:
+        result = result + torch.stack(biases).unsqueeze(1)
+    return [part.reshape(*states[0].shape[:-1], -1) for part in result.unbind(0)]

@@ -1,18 +1,20 @@
 """The forward of an exit-aware decoder."""
 
 import threading
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from adept_fx.capture import accepts, capture
-from adept_fx.errors import InputError
+from adept_fx.errors import InputError, StaleGraphError
 from adept_fx.kv.base import build_policy
 from adept_fx.pipeline import Program, build, start
 from adept_fx.runtime.call import Call, read_call
+from adept_fx.runtime.compiled import Stacks, compile_program
 from adept_fx.runtime.fingerprint import Fingerprint, refuse_hooks
-from adept_fx.runtime.masks import build_mask, key_length, past_length, real_tokens
+from adept_fx.runtime.masks import build_mask, past_length, real_tokens
 from adept_fx.runtime.run import Run
 from adept_fx.shell import plain_shell
 
@@ -35,6 +37,8 @@ class ExitAwareForward:
         self.decoder = decoder
         self._lock = threading.RLock()
         self._programs: dict[bool, tuple[Program, Fingerprint, Any]] = {}
+        self._options: dict[str, Any] | None = None
+        self._stacks = Stacks()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the decoder with exits; same arguments and output as the original's forward."""
@@ -67,10 +71,18 @@ class ExitAwareForward:
             )
         if found is not None and found[1].matches():
             return found[0]
+        if found is not None and self._options is not None:
+            raise StaleGraphError(
+                "the model changed (a module, a tensor's dtype or device, its mode, a hook or a "
+                "setting) after adept.compile()",
+                hint="undo the change, or adept.uncompile() and compile() again",
+            )
         with self._lock:
             found = self._programs.get(positions)
             if found is None or not found[1].matches():
                 found = (*self._capture(positions), layers)
+                if self._options is not None:
+                    compile_program(found[0], self._stacks, self._options)
                 self._programs[positions] = found
             return found[0]
 
@@ -97,6 +109,20 @@ class ExitAwareForward:
         with self._lock:
             self._programs.clear()
 
+    def compile(self, options: dict[str, Any]) -> None:
+        """Compiles what is captured, and what will be."""
+        with self._lock:
+            self.uncompile()
+            self._options = options
+            self.prepare()
+
+    def uncompile(self) -> None:
+        """Back to eager; every parameter gets its own memory again."""
+        with self._lock:
+            self._stacks.undo()
+            self._options = None
+            self.forget()
+
     def _inputs(self, program: Program, call: Call) -> list[Any]:
         supplied: dict[str, Any] = {
             "inputs_embeds": call.embeds,
@@ -116,7 +142,7 @@ class ExitAwareForward:
     def _mask_2d(self, call: Call) -> Tensor:
         mask = call.attention_mask
         if mask is None:
-            length = key_length(call.cache, call.embeds.shape[1])
+            length = past_length(call.cache) + call.embeds.shape[1]
             return torch.ones(
                 call.embeds.shape[0], length, dtype=torch.long, device=call.embeds.device
             )
@@ -128,13 +154,13 @@ class ExitAwareForward:
         return mask.to(device=call.embeds.device, dtype=torch.long)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ExitAwareForward":
-        """A copy captures its own graphs: those of the original look into its modules."""
-        from copy import deepcopy
-
+        """A copy captures its own graphs, and is not compiled: those look into other modules."""
         copied = object.__new__(type(self))
         memo[id(self)] = copied
         copied.adept = deepcopy(self.adept, memo)
         copied.decoder = deepcopy(self.decoder, memo)
         copied._lock = threading.RLock()
         copied._programs = {}
+        copied._options = None
+        copied._stacks = Stacks()
         return copied

@@ -128,6 +128,24 @@ class Adept(nn.Module):
         finally:
             self._disabled -= 1
 
+    def compile(self, mode: str | None = None, **options: Any) -> None:
+        """Compiles the graph in place: ``generate()`` and every other call use it.
+
+        Each stage, the KV synthesis and the final norm become one ``torch.compile`` region with
+        dynamic sizes; gates run between them. Key and value weights of skipped layers become views
+        of one buffer per kind, so that they are projected in one batched product where that is
+        faster; their memory does not grow. A change to the model raises ``StaleGraphError``.
+
+        Args:
+            mode: As in ``torch.compile``.
+            options: More arguments for ``torch.compile``, e.g. ``backend``.
+        """
+        self._forward.compile({"dynamic": True, "mode": mode, **options})
+
+    def uncompile(self) -> None:
+        """Undoes :meth:`compile`."""
+        self._forward.uncompile()
+
     def set_gates(self, gates: Gate | Sequence[Gate]) -> None:
         """Replaces the gates: one for all exits, or one per exit.
 

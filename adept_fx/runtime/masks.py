@@ -40,11 +40,6 @@ def past_length(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def key_length(cache: Any, tokens: int) -> int:
-    """Keys that a full-attention layer will see in this call."""
-    return tokens if cache is None else int(cache.get_mask_sizes(tokens, 0)[0])
-
-
 def real_tokens(mask: Mask, shape: tuple[int, int], cache: Any) -> Tensor | None:
     """Which of the call's tokens are not padding, ``[B, S]`` bool; None if all are real.
 
@@ -77,7 +72,7 @@ def _from_4d(mask: Tensor, shape: tuple[int, int], cache: Any, offset: int) -> T
     batch, tokens = shape
     # A sliding cache drops its oldest keys; the layer whose keys the mask covers tells how many.
     dropped = 0
-    if cache is not None and mask.shape[-1] != key_length(cache, tokens):
+    if cache is not None and mask.shape[-1] != offset + tokens:
         dropped = _dropped(cache, tokens, mask.shape[-1])
     own = offset - dropped + torch.arange(tokens, device=mask.device)
     if int(own[-1]) >= mask.shape[-1]:

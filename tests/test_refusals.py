@@ -1,0 +1,246 @@
+"""What `transform` refuses: the right error, naming what is in the way, and nothing is touched."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    LlamaForCausalLM,
+    LlamaModel,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import AttentionInterface
+from transformers.models.llama import modeling_llama
+
+import adept_fx
+from adept_fx import AdeptError, ExitConfig
+from adept_fx.errors import ConfigError, UnsupportedModelError
+from adept_fx.gates import Linear
+from models import tiny, tiny_config
+
+IDS = torch.arange(1, 13).view(2, 6)
+
+
+@cache
+def llama() -> Any:
+    return tiny("llama", layers=3)
+
+
+def output(model: nn.Module) -> Tensor:
+    if isinstance(model, nn.Linear):
+        return model(torch.ones(1, model.in_features))
+    extra = {"decoder_input_ids": IDS} if getattr(model.config, "is_encoder_decoder", 0) else {}
+    return model.eval()(input_ids=IDS, **extra)[0]
+
+
+def traces(model: nn.Module) -> dict[str, Any]:
+    """Everything that a capture patches or might leave behind."""
+    found: dict[str, Any] = {
+        name: vars(AttentionInterface).get(name) for name in ("get_interface", "__getitem__")
+    }
+    for module in {sys.modules[type(module).__module__] for module in model.modules()}:
+        masks = {k: v for k, v in vars(module).items() if "mask" in k and callable(v)}
+        found |= {f"{module.__name__}.{k}": v for k, v in masks.items()}
+    for name, child in model.named_modules():
+        found[f"{name} class"] = type(child)
+        found[f"{name} attributes"] = sorted(vars(child))
+        found[f"{name} forward"] = vars(child).get("forward")
+        found[f"{name} modules"] = {k: id(v) for k, v in child._modules.items()}
+        hooks = (child._forward_hooks, child._forward_pre_hooks)
+        found[f"{name} hooks"] = [dict(item) for item in hooks]
+        config = getattr(child, "config", None)
+        found[f"{name} config"] = (id(config), config.to_dict() if config is not None else None)
+    return found
+
+
+@contextmanager
+def intact(model: nn.Module) -> Iterator[None]:
+    """Whatever happens inside, the model stays as it was, bit for bit."""
+    with torch.no_grad():
+        before, marks = output(model), traces(model)
+        yield
+        assert traces(model) == marks
+        assert torch.equal(output(model), before)
+
+
+def refuses(
+    model: nn.Module, kind: type[AdeptError], *words: str, act: Callable[[], Any] | None = None
+) -> None:
+    """`act` (by default: transform) raises that error with these words, the model stays intact."""
+    with intact(model), pytest.raises(AdeptError) as caught:
+        adept_fx.transform(model, ExitConfig(exits=(1,))) if act is None else act()
+    assert type(caught.value) is kind, repr(caught.value)
+    for word in words:
+        assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
+
+
+BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
+    ({"exits": ()}, "exits"),
+    ({"exits": (0, 1)}, "0"),
+    ({"exits": (-1,)}, "-1"),
+    ({"exits": (3,)}, "1..2"),
+    ({"exits": (1, 7)}, "7"),
+    ({"exits": "every:3"}, "1..2"),
+    ({"exits": (2, 1)}, "increasing"),
+    ({"exits": (1, 1)}, "increasing"),
+    ({"gate": "nope"}, "gate 'nope'"),
+    ({"gate": ("mlp", "nope")}, "gate 'nope'"),
+    ({"gate": nn.Linear(32, 1)}, "gate"),
+    ({"gate": ("mlp",)}, "gate"),
+    ({"gate": Linear(16)}, "hidden size 16"),
+    ({"kv": "copy"}, "kv policy 'copy'"),
+    ({"threshold": 1.5}, "threshold"),
+    ({"threshold": (0.5, -0.1)}, "threshold[1]"),
+    ({"threshold": math.nan}, "threshold"),
+    ({"threshold": (0.5, 0.5, 0.5)}, "3 in threshold"),
+    ({"prefill_threshold": 2}, "prefill_threshold"),
+    ({"prefill_threshold": (0.5,)}, "1 in prefill_threshold"),
+]
+
+
+@pytest.mark.parametrize(("values", "word"), BAD_CONFIGS, ids=[str(v) for v, _ in BAD_CONFIGS])
+def test_a_config_that_does_not_fit(values: dict[str, Any], word: str) -> None:
+    model = llama()
+
+    def act() -> None:
+        adept_fx.transform(model, ExitConfig(**{"exits": (1, 2), **values}))
+
+    refuses(model, ConfigError, word, act=act)
+
+
+def test_too_few_layers_for_the_default_config() -> None:
+    refuses(llama(), ConfigError, "every:4", act=lambda: adept_fx.transform(llama()))
+
+
+def test_a_module_that_is_no_transformers_model() -> None:
+    refuses(nn.Linear(4, 4), UnsupportedModelError, "Linear", "not a transformers model")
+
+
+BERT = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 64}
+
+
+def test_an_encoder_has_no_decoder() -> None:
+    model = AutoModel.from_config(AutoConfig.for_model("bert", **BERT, num_hidden_layers=2))
+    refuses(model, UnsupportedModelError, "BertModel")
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("t5", {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}),
+        ("bart", {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2}),
+    ],
+)
+def test_encoder_decoders(name: str, fields: dict[str, Any]) -> None:
+    config = AutoConfig.for_model(name, vocab_size=64, **fields)
+    model = AutoModelForSeq2SeqLM.from_config(config).eval()
+    refuses(model, UnsupportedModelError, type(model).__name__, "encoder-decoder")
+
+
+MIXED: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "num_hidden_layers": 4,
+}
+LINEAR = {f"linear_{kind}_head_dim": 8 for kind in ("key", "value")} | {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+RECURRENT: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "lfm2": ({"layer_types": ["conv", "full_attention"] * 2}, ("0 (conv)", "2 (conv)")),
+    "qwen3_next": (
+        {
+            **LINEAR,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        },
+        ("0 (linear_attention)", "2 (linear_attention)"),
+    ),
+    "jamba": (
+        {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2},
+        ("layers 0", "2 ("),
+    ),
+    "mamba": ({"state_size": 4}, ("MambaModel",)),
+    "mamba2": ({"state_size": 4, "num_heads": 8, "head_dim": 8, "n_groups": 1}, ("Mamba2Model",)),
+}
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_layers_with_recurrent_state(name: str) -> None:
+    fields, words = RECURRENT[name]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**MIXED, **fields}))
+    refuses(model, UnsupportedModelError, "recurrent state", *words)
+
+
+class TwoStreams(LlamaModel):
+    """Layers that read one stream and add to another: no single value lies between two."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if position_ids is None:
+            position_ids = torch.arange(embeds.shape[1], device=embeds.device)[None]
+        mask = modeling_llama.create_causal_mask(
+            config=self.config,
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        shared = {
+            "attention_mask": mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "position_embeddings": self.rotary_emb(embeds, position_ids=position_ids),
+        }
+        one = two = embeds
+        for layer in self.layers:
+            one, two = two + layer(one, **shared), one
+        return BaseModelOutputWithPast(self.norm(one + two), past_key_values)
+
+
+def test_two_residual_streams_have_no_cut() -> None:
+    model = LlamaForCausalLM(tiny_config("llama", layers=3)).eval()
+    model.model = TwoStreams(model.config).eval()
+    refuses(model, UnsupportedModelError, "layer 0 from layer 1", "candidates")
+
+
+def test_rope_that_depends_on_the_values_of_positions() -> None:
+    """Refused by name (design section 4), unless it works."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = tiny("llama", layers=2, rope_parameters=rope, max_position_embeddings=8)
+    with intact(model):
+        try:
+            ee = adept_fx.transform(model, ExitConfig(exits=(1,)))
+        except AdeptError as error:
+            assert "rotary" in str(error) or "rope" in str(error), error  # noqa: PT017
+            return
+        ids = torch.arange(1, 25)[None]
+        torch.testing.assert_close(ee(ids).logits, model(ids).logits)
