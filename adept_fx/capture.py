@@ -137,7 +137,7 @@ def capture(decoder: nn.Module, *, positions: bool) -> Capture:
                 program, symbols = _export(decoder, recorder, positions, rows=_ROWS)
         except AdeptError:
             raise
-        except Exception:  # noqa: BLE001 -- export raises anything; the second try tells
+        except Exception:  # export raises anything; the second try tells
             program, symbols = _export_tied(decoder, recorder, positions)
     if recorder.embeds != 1:
         raise CaptureError(

@@ -69,7 +69,7 @@ class CaptureCache(DynamicCache):
         self.recorder = recorder
         self.kinds = cache_kinds(config, self)
 
-    def update(  # type: ignore[override]
+    def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Records the write; see ``adept_fx::cache_write``."""
@@ -123,7 +123,8 @@ def _replace(stack: ExitStack, holder: Any, name: str, value: object) -> None:
 
 
 def _patch_attention(stack: ExitStack, recorder: Recorder, thread: int) -> None:
-    choose, lookup = AttentionInterface.get_interface, AttentionInterface.__getitem__
+    choose: Callable[..., Any] = AttentionInterface.get_interface
+    lookup: Callable[..., Any] = AttentionInterface.__getitem__
 
     def get_interface(self: Any, implementation: str, default: Callable[..., Any]) -> Any:
         chosen = choose(self, implementation, default)
@@ -171,7 +172,7 @@ def _attention_marker(chosen: Callable[..., Any], recorder: Recorder) -> Callabl
 
 
 def _mask_functions() -> dict[Callable[..., Any], str]:
-    """transformers' mask functions, with the key of each in a dict of masks."""
+    """The mask functions of transformers, with the key of each in a dict of masks."""
     found: dict[Callable[..., Any], str] = {}
     for key, function in masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING.items():
         if callable(function) and hasattr(function, "__name__"):
@@ -226,9 +227,7 @@ def _refuse_tensors(function: Callable[..., Any], static: dict[str, Any]) -> Non
             )
 
 
-def _patch_embedding(
-    stack: ExitStack, decoder: nn.Module, recorder: Recorder, thread: int
-) -> None:
+def _patch_embedding(stack: ExitStack, decoder: nn.Module, recorder: Recorder, thread: int) -> None:
     embedding = decoder.get_input_embeddings()  # type: ignore[operator]
     forward = embedding.forward
 

@@ -48,7 +48,7 @@ class Settings:
     seconds: float = 205.0
     muon_rate: float = 0.008
     adam_rate: float = 2e-2
-    exit_weight: float = 0.5
+    exit_weight: float = 1.0
     first_exit: int = 2
     seed: int = 0
     python: str = f"{sys.version_info.major}.{sys.version_info.minor}"

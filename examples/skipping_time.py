@@ -34,7 +34,8 @@ def build() -> Any:
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    model: Any = LlamaForCausalLM(config)
+    return model.to(torch.bfloat16).eval()
 
 
 @torch.no_grad()

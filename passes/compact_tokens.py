@@ -1,26 +1,22 @@
 """Cuts the graph into stages and puts token compaction between them."""
 
 import operator
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx import Node
 
 from adept_fx.errors import PassError, UnsupportedModelError
 from adept_fx.graph import meta
 from adept_fx.graph.base import Pass, PassResult, Work
 from adept_fx.graph.base import Stage as Reached
-from adept_fx.graph.blocks import AttentionRegion, Block, Stage, Synthesis
+from adept_fx.graph.blocks import Block, Stage, Synthesis
 from adept_fx.graph.extract import Extraction, needed
 from adept_fx.graph.meta import PROLOGUE
-from adept_fx.graph.symbols import Symbols, TokenAxes, is_scalar, token_axes
+from adept_fx.graph.partition import Partition
+from adept_fx.graph.stage_builder import StageBuilder
+from adept_fx.graph.symbols import TokenAxes, token_axes
 from adept_fx.ops import tokens as ops
-
-_FREEZE = torch.ops.adept_fx.freeze.default
-_WRITE = torch.ops.adept_fx.cache_write.default
-_GATE = torch.ops.adept_fx.gate.default
 
 
 class CompactTokens(Pass):
@@ -50,7 +46,7 @@ class CompactTokens(Pass):
         """Builds the outer graph and the submodules, then replaces ``work.graph``."""
         if work.stage >= Reached.COMPACTED:
             return PassResult(False, {"stages": len(work.exits) + 1})
-        plan = _Partition.of(work)
+        plan = Partition.of(work)
         work.graph = _Outer(work, plan).build()
         return PassResult(True, {"stages": len(work.exits) + 1, "gathers": self._gathers(work)})
 
@@ -77,80 +73,10 @@ _OUTER = {
 }
 
 
-def _edges(node: Node) -> list[Node]:
-    """What a node needs once lowered: gates, probes and synthesized values come otherwise."""
-    if node.target in (_FREEZE, _WRITE):
-        return [i for i in node.args[:2] if isinstance(i, Node)]
-    return node.all_input_nodes
-
-
-@dataclass
-class _Partition:
-    """Which nodes each part returns and reads.
-
-    ``live[i]`` are values from before stage ``i`` that it needs in its own layout, ``call[i]``
-    those that its attention regions need in the layout of the call.
-    """
-
-    order: dict[Node, int]
-    borders: dict[int, Node]
-    nodes: list[list[Node]] = field(default_factory=list)
-    outputs: list[list[Node]] = field(default_factory=list)
-    live: list[list[Node]] = field(default_factory=list)
-    call: list[list[Node]] = field(default_factory=list)
-
-    @staticmethod
-    def of(work: Work) -> "_Partition":
-        graph = work.graph.graph
-        borders = {b: n for n in graph.nodes if (b := meta.get(n).border) is not None}
-        self = _Partition({n: i for i, n in enumerate(graph.nodes)}, borders)
-        bounds = [0, *work.exits, work.num_layers]
-        gates = {gate.args[3]: gate for gate in work.find(_GATE)}
-        for index, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)):
-            features = list(gates[index].args[1]) if index in gates else []
-            self._add_stage(range(low, high), [borders[high], *features], work.symbols)
-        epilogue = [n for n in graph.output_node().all_input_nodes]
-        last = range(work.num_layers, work.num_layers + 1)
-        self._add_stage(last, epilogue, work.symbols)
-        return self
-
-    def _add_stage(self, layers: range, outputs: list[Node], symbols: Symbols) -> None:
-        outside = _Outside(layers, self.borders.get(layers.start) if layers.start else None)
-        nodes = needed(outputs, outside, self.order, symbols, _edges)
-        live, call = {}, {}
-        for node in nodes:
-            region = node.op == "call_module"
-            for i in _edges(node):
-                if i not in outside or i is outside.border or is_scalar(i):
-                    continue
-                in_call_layout = region and meta.get(i).layer == PROLOGUE
-                (call if in_call_layout else live)[i] = None
-        self.nodes.append(nodes)
-        self.outputs.append(outputs)
-        self.live.append(list(live))
-        self.call.append(list(call))
-
-
-@dataclass
-class _Outside:
-    """Where a part's slice stops: inputs of the graph and what other parts compute."""
-
-    layers: range
-    border: Node | None
-
-    def __contains__(self, node: object) -> bool:
-        if not isinstance(node, Node) or node is self.border:
-            return node is self.border
-        facts = meta.get(node)
-        if facts.source is not None or facts.layer is None:
-            return False  # depends on parameters only: computed where it is needed
-        return node.op == "placeholder" or facts.layer not in self.layers
-
-
 class _Outer:
     """Builds the outer graph, part after part."""
 
-    def __init__(self, work: Work, plan: _Partition) -> None:
+    def __init__(self, work: Work, plan: Partition) -> None:
         self.work = work
         self.plan = plan
         self.graph = fx.Graph()
@@ -231,13 +157,14 @@ class _Outer:
 
     def _kv_call(self, index: int) -> Node:
         name = f"kv_{index}"
-        return next(n for n in self.work.graph.graph.nodes if n.target == name)
+        found: Node = next(n for n in self.work.graph.graph.nodes if n.target == name)
+        return found
 
     def _stage(self, index: int, tokens: Node, hidden: Node) -> list[Node]:
         plan, work = self.plan, self.work
         bounds = [0, *work.exits, work.num_layers]
         layers = range(bounds[index], bounds[index + 1])
-        builder = _StageBuilder(work, plan, index, len(self.kv))
+        builder = StageBuilder(work, plan, index, len(self.kv))
         module = builder.build(layers)
         outputs = plan.outputs[index]
         stage = Stage(module, self._sources(builder.part), layers, len(outputs))
@@ -308,68 +235,3 @@ def _drop_unused(module: fx.GraphModule, part: Extraction) -> None:
             module.graph.erase_node(inner)
             part.inputs.remove(outer)
     module.recompile()
-
-
-class _StageBuilder:
-    """Copies the nodes of one stage, with marker ops lowered to calls on the tokens' layout."""
-
-    def __init__(self, work: Work, plan: _Partition, index: int, synthesized: int) -> None:
-        self.work = work
-        self.plan = plan
-        self.index = index
-        self.live = [n for n in plan.live[index] if n.name != "inputs_embeds" or index]
-        self.part = Extraction(work.symbols)
-        self.tokens = self.part.placeholder("tokens")
-        self.root = nn.Module()
-        self.synthesized_count = synthesized
-        self.call: dict[Node, Node] = {}
-        self.kv: list[Node] = []
-
-    def build(self, layers: range) -> fx.GraphModule:
-        part, plan = self.part, self.plan
-        hidden = plan.borders[layers.start] if self.index else _embeds(self.work)
-        part.add_input(hidden, "hidden")
-        for node in self.live:
-            part.add_input(node)
-        for node in plan.call[self.index]:
-            self.call[node] = part.placeholder(node.name, node)
-        self.kv = [part.placeholder(f"kv_{i}") for i in range(self.synthesized_count)]
-        part.copy(plan.nodes[self.index], self._lower)
-        outputs = plan.outputs[self.index]
-        return part.finish(outputs[0] if len(outputs) == 1 else tuple(outputs), self.root)
-
-    def _lower(self, part: Extraction, node: Node) -> Node | None:
-        if node.target is _FREEZE:
-            new, frozen = (part.lookup(i) for i in _edges(node))
-            return part.graph.call_function(ops.freeze_tokens, (self.tokens, new, frozen))
-        if node.target is _WRITE:
-            key, value = (part.lookup(i) for i in _edges(node))
-            arguments = (self.tokens, key, value, node.args[3], tuple(self.kv))
-            return part.graph.call_function(ops.write_cache, arguments)
-        if node.op == "call_module":
-            return self._attention(part, node)
-        return None
-
-    def _attention(self, part: Extraction, node: Node) -> Node:
-        symbols = self.work.symbols
-        kinds, axes = [], []
-        arguments: list[Any] = [part.lookup(i) for i in _edges(node)[:2]]
-        for i in node.args[2:]:
-            if not isinstance(i, Node):
-                raise PassError(f"attention region {node.name} has the constant input {i}")
-            found = token_axes(i.meta["val"], symbols)
-            in_call = i in self.call
-            kinds.append("plain" if not found else "call" if in_call else "live")
-            axes.append(found)
-            arguments.append(self.call[i] if in_call else part.lookup(i))
-        graph = self.work.graph.get_submodule(str(node.target))
-        output = token_axes(node.meta["val"], symbols)
-        if not isinstance(graph, fx.GraphModule) or not isinstance(node.meta["val"], Tensor):
-            raise PassError(f"{node.target} is no attention region")
-        self.root.add_module(str(node.target), AttentionRegion(graph, kinds, axes, output))
-        return part.graph.call_module(str(node.target), (self.tokens, *arguments))
-
-
-def _embeds(work: Work) -> Node:
-    inputs = work.graph.graph.find_nodes(op="placeholder")
-    return next(node for node in inputs if node.name == "inputs_embeds")

@@ -2,9 +2,9 @@
 
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
 from adept_fx.errors import PassError, UnsupportedModelError
@@ -119,7 +119,7 @@ def _layer_container(work: Work) -> str:
     """
     writes = work.find(torch.ops.adept_fx.cache_write.default)
     names = [_sources_behind(write) for write in writes]
-    for first, second in zip(names, names[1:], strict=False):
+    for first, second in pairwise(names):
         known = {name: name.split(".") for name in first}
         for name in second:
             if name in known:

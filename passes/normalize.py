@@ -101,8 +101,8 @@ def _is_noop_cast(node: Node) -> bool:
 
 
 def _is_noop_dropout(node: Node) -> bool:
-    at = _DROPOUTS.get(node.target)  # type: ignore[arg-type]
-    return at is not None and (node.args[at] is False or node.args[1] == 0.0)
+    at = _DROPOUTS.get(node.target)  # type: ignore[call-overload]
+    return at is not None and (node.args[at] is False or bool(node.args[1] == 0.0))
 
 
 def _views_to_reshapes(graph: fx.Graph) -> int:

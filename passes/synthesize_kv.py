@@ -44,7 +44,7 @@ class SynthesizeKV(Pass):
         counts = {"slices": 0, "cut": 0}
         modified = False
         for gate in work.find(_GATE):
-            index = gate.args[3]
+            index: Any = gate.args[3]
             if hasattr(work.graph, f"kv_{index}"):
                 continue
             layers = range(work.exits[index], work.num_layers)
@@ -56,9 +56,10 @@ class SynthesizeKV(Pass):
     def ensures(self, work: Work) -> None:
         """Each write lists two tensors per exit point before it."""
         for write in work.find(_WRITE):
-            exits = sum(e <= write.args[3] for e in work.exits)  # type: ignore[operator]
-            if len(write.args[4]) != 2 * exits:  # type: ignore[arg-type]
-                raise PassError(f"cache layer {write.args[3]} lacks synthesized keys")
+            layer: Any = write.args[3]
+            synthesized: Any = write.args[4]
+            if len(synthesized) != 2 * sum(e <= layer for e in work.exits):
+                raise PassError(f"cache layer {layer} lacks synthesized keys")
 
     def _synthesize(
         self, work: Work, gate: Node, index: int, layers: range, writes: dict[Any, Node]

@@ -27,7 +27,9 @@ def dump(
     folder.mkdir(parents=True, exist_ok=True)
     lines = [f"# after pass {number}: {name}; stage {work.stage.name}"]
     if record is not None:
-        lines.append(f"# {record.seconds * 1e3:.1f} ms, modified={record.modified}, {record.counts}")
+        lines.append(
+            f"# {record.seconds * 1e3:.1f} ms, modified={record.modified}, {record.counts}"
+        )
     for path, module in work.graph.named_modules():
         if isinstance(module, fx.GraphModule):
             module.recompile()

@@ -103,9 +103,7 @@ class Extraction:
         if expr.is_Integer:
             return int(expr)
         if expr not in self._sizes:
-            self._sizes[expr] = (
-                self._symbol(expr) if expr.is_Symbol else self._arithmetic(expr)
-            )
+            self._sizes[expr] = self._symbol(expr) if expr.is_Symbol else self._arithmetic(expr)
         return self._sizes[expr]
 
     def _symbol(self, symbol: sympy.Symbol) -> Any:
@@ -116,24 +114,29 @@ class Extraction:
                 if ratio.is_Integer:
                     target = torch.ops.aten.sym_size.int
                     size = self.graph.call_function(target, (self.copies[outer], axis))
-                    return self._keep(size, length) if ratio == 1 else self._keep(
-                        self.graph.call_function(operator.floordiv, (size, int(ratio))), None
+                    return (
+                        self._keep(size, length)
+                        if ratio == 1
+                        else self._keep(
+                            self.graph.call_function(operator.floordiv, (size, int(ratio))), None
+                        )
                     )
         raise PassError(f"no input of this part of the graph has an axis of size {symbol}")
 
     def _arithmetic(self, expr: sympy.Expr) -> Any:
         parts = [self.size(part) for part in expr.args]
-        operation = {"Mul": operator.mul, "Add": operator.add}.get(type(expr).__name__)
-        if operation is None:
-            operation = {
-                "FloorDiv": operator.floordiv,
-                "CleanDiv": operator.floordiv,
-                "Mod": operator.mod,
-                "PythonMod": operator.mod,
-                "Pow": operator.pow,
-                "Max": max,
-                "Min": min,
-            }.get(type(expr).__name__)
+        known: dict[str, Callable[..., Any]] = {
+            "Mul": operator.mul,
+            "Add": operator.add,
+            "FloorDiv": operator.floordiv,
+            "CleanDiv": operator.floordiv,
+            "Mod": operator.mod,
+            "PythonMod": operator.mod,
+            "Pow": operator.pow,
+            "Max": max,
+            "Min": min,
+        }
+        operation = known.get(type(expr).__name__)
         if operation is None:
             raise PassError(f"cannot compute the size {expr} in a part of the graph")
         result = parts[0]
@@ -176,9 +179,7 @@ def needed(
         node = stack.pop()
         if node not in seen:
             seen.add(node)
-            stack.extend(
-                i for i in edges(node) if i not in stop and not is_own_size(i, symbols)
-            )
+            stack.extend(i for i in edges(node) if i not in stop and not is_own_size(i, symbols))
     return sorted(seen, key=order.__getitem__)
 
 

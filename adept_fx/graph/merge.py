@@ -60,7 +60,9 @@ def _merge(graph: fx.Graph, nodes: list[Node]) -> None:
     weights = [node.args[1] for node in nodes]
     biases = [node.args[2] for node in nodes] if len(nodes[0].args) > 2 else [None]
     with graph.inserting_after(nodes[-1]):
-        call = graph.call_function(project_layers, (states, weights, None if None in biases else biases))
+        call = graph.call_function(
+            project_layers, (states, weights, None if None in biases else biases)
+        )
     call.meta["val"] = [node.meta["val"] for node in nodes]
     for at, node in enumerate(nodes):
         with graph.inserting_after(call):

@@ -14,7 +14,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from adept_fx.errors import AdeptError, PassError
-from adept_fx.graph.base import Pass, Work
+from adept_fx.graph.base import Pass, PassResult, Work
 from adept_fx.graph.dump import dump
 from adept_fx.graph.verify import verify
 
@@ -59,7 +59,7 @@ def run_passes(work: Work, passes: Sequence[Pass]) -> list[PassRecord]:
     return records
 
 
-def _run(work: Work, step: Pass):  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _run(work: Work, step: Pass) -> PassResult:
     if work.stage < step.needs:
         raise PassError(f"needs a graph at {step.needs.name}, got {work.stage.name}")
     step.requires(work)

@@ -89,9 +89,7 @@ def is_scalar(node: Node) -> bool:
     )
 
 
-def is_own_size(
-    node: Node, symbols: Symbols, more: frozenset[sympy.Symbol] = frozenset()
-) -> bool:
+def is_own_size(node: Node, symbols: Symbols, more: frozenset[sympy.Symbol] = frozenset()) -> bool:
     """Whether the node is a size made of batch and new tokens alone.
 
     Such a size means something else in a compacted part of the graph, and is computed there from

@@ -57,5 +57,5 @@ class Attention(nn.Module):
         """Returns the attention output ``[B, S, H, Dv]``, contiguous."""
         call = self.call[0]
         keywords = call.keywords | dict(zip(call.extras, extras, strict=True))
-        output = call.function(call.module, query, key, value, mask, **keywords)[0]
+        output: Tensor = call.function(call.module, query, key, value, mask, **keywords)[0]
         return output.contiguous()

@@ -11,8 +11,7 @@ from torch import Tensor
 
 torch.library.define(
     "adept_fx::cache_write",
-    "(Tensor key, Tensor value, Tensor slots, int layer, Tensor[] synthesized)"
-    " -> (Tensor, Tensor)",
+    "(Tensor key, Tensor value, Tensor slots, int layer, Tensor[] synthesized) -> (Tensor, Tensor)",
 )
 
 

@@ -56,7 +56,9 @@ def project_layers(
     return [F.linear(x, w, b) for x, w, b in zip(states, weights, chosen, strict=True)]
 
 
-def project_stacked(states: list[Tensor], stack: Tensor, biases: list[Tensor] | None) -> list[Tensor]:
+def project_stacked(
+    states: list[Tensor], stack: Tensor, biases: list[Tensor] | None
+) -> list[Tensor]:
     """:func:`project_layers` on weights that lie in one buffer ``[L, O, D]``.
 
     Takes one batched GEMM where that measures faster, the loop elsewhere.

@@ -92,7 +92,10 @@ def _embeds(decoder: nn.Module, given: dict[str, Any]) -> Tensor:
         return result
     if not isinstance(ids, Tensor):
         raise InputError(f"input_ids must be a tensor, not {type(ids).__name__}")
-    result = decoder.get_input_embeddings()(ids.view(-1, ids.shape[-1]))  # type: ignore[operator]
+    embedding: Any = decoder.get_input_embeddings()  # type: ignore[operator]
+    result = embedding(ids.view(-1, ids.shape[-1]))
+    if not isinstance(result, Tensor):
+        raise InputError(f"the input embedding returned {type(result).__name__}, not a tensor")
     return result
 
 

@@ -65,7 +65,9 @@ class Fingerprint:
         for name in _SETTINGS:
             if hasattr(module, name):
                 value = getattr(module, name)
-                self.settings.append((module, name, list(value) if isinstance(value, list) else value))
+                self.settings.append(
+                    (module, name, list(value) if isinstance(value, list) else value)
+                )
         if not is_root:
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
                 self.sizes.append((hooks, len(hooks)))

@@ -1,6 +1,5 @@
 """``ee.adept``: the handle of a transformed model."""
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -48,7 +47,7 @@ class Adept(nn.Module):
         self._disabled = 0
         # In a tuple: modules of the model must not become children of the handle.
         self._links: tuple[ExitAwareForward, Head] | None = None
-        self.register_load_state_dict_pre_hook(_fill_missing)
+        self.register_load_state_dict_pre_hook(_fill_missing)  # type: ignore[no-untyped-call]
 
     def link(self, forward: ExitAwareForward, head: Head) -> None:
         """Connects the handle with its decoder and head; called by ``transform``."""

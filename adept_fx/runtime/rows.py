@@ -110,7 +110,8 @@ class Rows:
 def _split_batch(value: Tensor, axes: TokenAxes) -> Tensor:
     if axes.inner == 1 or axes.batch is None:
         return value
-    return value.unflatten(axes.batch, (-1, axes.inner))
+    split: Tensor = value.unflatten(axes.batch, (-1, axes.inner))
+    return split
 
 
 def _merge_batch(value: Tensor, axes: TokenAxes) -> Tensor:

@@ -67,7 +67,7 @@ class Tokens:
         """A value of the layout before, in this layout."""
         if self.select is None:
             return value
-        return take(value, TokenAxes(*axes), self.select, self._tokens_before)  # type: ignore[arg-type]
+        return take(value, TokenAxes(*axes), self.select, self._tokens_before)
 
     def gather_departed(self, value: Tensor, axes: TokenAxes) -> Tensor:
         """A value of the layout before, of the tokens whose keys are to be synthesized."""
@@ -122,7 +122,8 @@ class Tokens:
         if len(parts) > 1 or index.numel() != batch * tokens:
             whole = packed.new_zeros(batch * tokens, *packed.shape[1:])
             packed = whole.index_copy(0, index, packed)
-        return packed.unflatten(0, (batch, tokens)).transpose(1, 2)
+        rows: Tensor = packed.unflatten(0, (batch, tokens))
+        return rows.transpose(1, 2)
 
     def to_rows(self, value: Tensor | None, kind: str, axes: TokenAxes, keys: Tensor) -> object:
         """An input of attention, with one row per row of the batch that has a live token."""
