@@ -86,11 +86,20 @@ def measure_quality(original: Any, ee: Any, ids: Tensor) -> Quality:
 
 
 def median_seconds(
-    runs: Mapping[str, Callable[[], object]], device: torch.device, repetitions: int
+    runs: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    repetitions: int,
+    budget: float = 40.0,
 ) -> dict[str, float]:
-    """Times the runs in turn, each once before it counts; returns medians."""
+    """Times the runs in turn, each once before it counts; returns medians.
+
+    After `budget` seconds no further round begins, but one always counts.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
+    begin = time.perf_counter()
     for repetition in range(repetitions + 1):
+        if repetition > 1 and time.perf_counter() - begin > budget:
+            break
         for name, run in runs.items():
             start = time.perf_counter()
             run()

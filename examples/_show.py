@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -10,14 +11,14 @@ from rich.text import Text
 
 from _measure import Quality
 
-_SHADES = ("#7bd88f", "#c3d86a", "#f2d45c", "#f5a85a", "#ef7a6d")
+_COLOURS = ("bright_green", "bright_cyan", "bright_yellow", "bright_magenta", "bright_red")
 _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
-def shade(depth: int, layers: int) -> str:
-    """A background from green (few layers) to red (all layers)."""
-    index = round((len(_SHADES) - 1) * (depth - 1) / max(layers - 1, 1))
-    return f"black on {_SHADES[index]}"
+def shade(depth: int, levels: Sequence[int]) -> str:
+    """A background from green (the first exit) to red (all layers)."""
+    index = round((len(_COLOURS) - 1) * levels.index(depth) / max(len(levels) - 1, 1))
+    return f"black on {_COLOURS[index]}"
 
 
 def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
@@ -33,36 +34,34 @@ def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
     return found
 
 
-def coloured(tokenizer: Any, ids: list[int], depths: list[int], layers: int, plain: bool) -> Text:
+def coloured(pairs: Iterable[tuple[str, int]], levels: Sequence[int], plain: bool) -> Text:
     """Text with every token in its depth's colour or, in plain output, with its depth behind it."""
     text = Text()
-    for piece, depth in zip(pieces(tokenizer, ids), depths, strict=True):
+    for piece, depth in pairs:
         if plain:
             body = piece.rstrip("\n")
             text.append(body + str(depth).translate(_SUBSCRIPTS) + piece[len(body) :])
         else:
-            text.append(piece, style=shade(depth, layers))
+            text.append(piece, style=shade(depth, levels))
     return text
 
 
 def print_text(
-    console: Console, tokenizer: Any, prompt: str, ids: list[int], depths: list[int], layers: int
+    console: Console, prompt: str, pairs: Iterable[tuple[str, int]], levels: Sequence[int]
 ) -> None:
-    """Prints the prompt and what was generated from it."""
-    plain = not console.color_system
-    text = coloured(tokenizer, ids, depths, layers, plain)
-    console.print(Text(prompt, style="dim") + text, soft_wrap=True, highlight=False)
-    console.print()
+    """Prints the prompt and what was generated from it: pairs of a piece of text and its depth."""
+    text = coloured(pairs, levels, plain=not console.color_system)
+    console.print(Text.assemble((prompt, "dim"), text, "\n"), soft_wrap=True, highlight=False)
 
 
-def print_legend(console: Console, exits: tuple[int, ...], layers: int) -> None:
+def print_legend(console: Console, levels: Sequence[int]) -> None:
     """Says which colour stands for how many layers."""
     if not console.color_system:
         console.print("The small number behind a token: layers run to choose it.\n")
         return
     legend = Text("layers run to choose a token: ")
-    for depth in (*exits, layers):
-        legend.append(f" {depth} ", style=shade(depth, layers)).append(" ")
+    for depth in levels:
+        legend.append(f" {depth} ", style=shade(depth, levels)).append(" ")
     console.print(legend, end="\n\n")
 
 

@@ -45,7 +45,7 @@ class Settings:
     length: int = 128
     batch: int = 8
     steps: int = 2000
-    seconds: float = 205.0
+    seconds: float = 190.0
     muon_rate: float = 0.008
     adam_rate: float = 2e-2
     exit_weight: float = 1.0

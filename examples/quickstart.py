@@ -19,7 +19,7 @@ from torch import Tensor
 
 import adept_fx
 from _measure import DepthRecorder, generate, measure_quality, median_seconds, same_prefix
-from _show import print_exits, print_legend, print_quality, print_seconds, print_text
+from _show import pieces, print_exits, print_legend, print_quality, print_seconds, print_text
 from _stdlib_lm import Settings, load_or_train, stdlib_texts
 from _train import train
 from adept_fx import AdeptError, ExitConfig
@@ -40,7 +40,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentP
     add("--model", metavar="NAME_OR_PATH", help="any causal language model; default: train one")
     add("--exits", type=exit_points, metavar="3,5", help="exit points, in layers; or every:N")
     add(
-        "--threshold", type=fraction, help="leave above this probability (0.9; 0.5 if trained here)"
+        "--threshold", type=fraction, help="leave above this probability (0.9; 0.3 if trained here)"
     )
     add("--batch", type=positive, default=1, help="number of prompts generated from at once (1)")
     add("--prompt", help="text to go on from, for all rows; default: openings of Python code")
@@ -119,7 +119,7 @@ def default_exits(layers: int) -> tuple[int, ...]:
 
 def default_threshold(options: Any) -> float:
     """Lower for the model trained here: it learned to predict at every exit."""
-    return 0.9 if options.model else 0.5
+    return 0.9 if options.model else 0.3
 
 
 def held_out_ids(tokenizer: Any, device: torch.device, rows: int = 16, length: int = 128) -> Tensor:
@@ -134,15 +134,19 @@ def show(model: Any, ee: Any, tokenizer: Any, options: Any, console: Console) ->
     prompts = [options.prompt or PROMPTS[i % len(PROMPTS)] for i in range(options.batch)]
     inputs = dict(tokenizer(prompts, return_tensors="pt", padding=True).to(model.device))
     inputs = {k: inputs[k] for k in ("input_ids", "attention_mask")}
-    exits, layers = ee.adept.config.exits, model.config.get_text_config().num_hidden_layers
+    layers = model.config.get_text_config().num_hidden_layers
+    levels = (*ee.adept.config.exits, layers)
     recorder = DepthRecorder(ee.adept)
     ids = generate(ee, inputs, options.tokens, recorder)
-    print_legend(console, exits, layers)
+    print_legend(console, levels)
     for prompt, row, depths in zip(prompts, ids.tolist(), recorder.depths.tolist(), strict=True):
-        print_text(console, tokenizer, prompt, row, depths, layers)
+        print_text(console, prompt, zip(pieces(tokenizer, row), depths, strict=True), levels)
     print_exits(console, ee.adept.stats, layers)
     same = same_prefix(ids, generate(model, inputs, options.tokens))
-    console.print(f"tokens before a text parts from the original's: {same} of {options.tokens}")
+    console.print(
+        f"tokens before a text parts from the original's: {same} of {options.tokens}",
+        highlight=False,
+    )
     print_quality(console, measure_quality(model, ee, held_out_ids(tokenizer, model.device)))
     runs = {
         "original": lambda: generate(model, inputs, options.tokens),

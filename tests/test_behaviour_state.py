@@ -11,9 +11,10 @@ from torch import Tensor
 
 import adept_fx
 from adept_fx import ExitConfig
+from fresh import EXITS, IDS, fresh, logits
 from models import tiny
 from oracle import assert_same
-from test_behaviour import EXITS, IDS, fresh, logits
+from product import rewritten
 
 
 def cloned(model: Any) -> dict[str, Tensor]:
@@ -67,13 +68,16 @@ def test_loading_state_dicts(assign: bool) -> None:
         ee.load_state_dict({n: v for n, v in first.items() if "up_proj" not in n}, strict=True)
     assert not [name for name in some if name == "adept.gates.1.bias"]
     assert not [name for name in plain if name.startswith("adept.")]  # the argument is left alone
-
-
-def test_the_original_loads_what_the_transformed_model_saves() -> None:
-    model, ee = fresh()
+    # The original loads what the transformed model saves.
     missing, unexpected = model.load_state_dict(ee.state_dict(), strict=False)
     assert not missing
     assert all(name.startswith("adept.") for name in unexpected)
+
+
+def test_the_decoder_and_the_model_share_one_config() -> None:
+    """As in the original: what a user sets on `ee.config`, the decoder must see."""
+    ee = rewritten("llama")
+    assert ee.config is ee.get_decoder().config
 
 
 def test_resizing_the_vocabulary() -> None:
@@ -82,7 +86,6 @@ def test_resizing_the_vocabulary() -> None:
     size = model.config.vocab_size
     with torch.random.fork_rng(devices=[]):
         ee.resize_token_embeddings(size + 8)
-    assert ee.config.vocab_size == ee.get_decoder().config.vocab_size == size + 8
     assert_same(logits(ee)[..., :size], before, "known words")
     new = IDS.clone()
     new[:, 3] = size + 5
@@ -92,6 +95,7 @@ def test_resizing_the_vocabulary() -> None:
     # The modules that were replaced are the transformed model's own.
     assert model.config.vocab_size == size
     assert_same(logits(model), before, "original")
+    assert ee.config.vocab_size == ee.get_decoder().config.vocab_size == size + 8
 
 
 def live_bytes() -> int:
@@ -114,7 +118,7 @@ def held(*parts: Any) -> int:
 
 
 def test_memory_grows_by_less_than_one_percent() -> None:
-    shape = {"hidden_size": 192, "intermediate_size": 512, "vocab_size": 1000}
+    shape: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 512, "vocab_size": 1000}
     model = tiny("llama", layers=3, **shape)
     logits(model)
     size, before = held(model), live_bytes()

@@ -15,9 +15,9 @@ import adept_fx
 from adept_fx import ExitConfig
 from adept_fx.errors import ConfigError, GateError, InputError, UnsupportedModelError
 from adept_fx.gates import FixedDepth, Gate, GateInputs, MaxProb, Replay
+from intact import IDS, intact, refuses
 from models import tiny
 from product import raw, rewritten, set_up
-from test_refusals import IDS, intact, refuses
 
 STAY = torch.zeros(2, *IDS.shape)
 

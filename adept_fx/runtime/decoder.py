@@ -1,5 +1,6 @@
 """The forward of an exit-aware decoder."""
 
+import inspect
 import threading
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,9 @@ class ExitAwareForward:
         self._programs: dict[bool, tuple[Program, Fingerprint, Any]] = {}
         self._options: dict[str, Any] | None = None
         self._stacks = Stacks()
+        # What tools that look at a forward's parameters are to see.
+        forward = inspect.signature(type(decoder).forward)
+        self.__signature__ = forward.replace(parameters=list(forward.parameters.values())[1:])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the decoder with exits; same arguments and output as the original's forward."""
@@ -47,8 +51,13 @@ class ExitAwareForward:
         shape = (call.embeds.shape[0], call.embeds.shape[1])
         real = real_tokens(call.attention_mask, shape, call.cache)
         settings = self.adept.settings(program, shape[1])
-        run = Run(settings, shape, real, call.cache, call.embeds.device)
-        hidden = program.graph(run, *self._inputs(program, call))
+        inputs = self._inputs(program, call)
+        masks = [
+            item for name, item in zip(program.inputs, inputs, strict=True) if name in program.masks
+        ]
+        packable = all(m is None or (isinstance(m, Tensor) and m.ndim == 4) for m in masks)
+        run = Run(settings, shape, real, call.cache, call.embeds.device, packable)
+        hidden = program.graph(run, *inputs)
         self.adept.record(run)
         output = program.output_type(last_hidden_state=hidden, past_key_values=call.cache)
         return output if call.return_dict else output.to_tuple()
@@ -163,4 +172,5 @@ class ExitAwareForward:
         copied._programs = {}
         copied._options = None
         copied._stacks = Stacks()
+        copied.__signature__ = self.__signature__
         return copied

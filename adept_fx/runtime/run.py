@@ -53,6 +53,8 @@ class Run:
         real: Tokens that are not padding, ``[B, S]``; None if all are real.
         cache: The caller's cache; None if the call has none.
         device: Where the tokens live.
+        packable: Whether every mask of the call can be laid out row by row: masks of kernels
+            other than SDPA's and the model's own (2-D masks, block masks) cannot.
     """
 
     def __init__(
@@ -62,11 +64,13 @@ class Run:
         real: Tensor | None,
         cache: Any,
         device: torch.device,
+        packable: bool = True,
     ) -> None:
         self.settings = settings
         self.batch, self.tokens = shape
         self.real = real
         self.cache = cache
+        self.packable = packable
         self.phase = "prefill" if self.tokens > 1 else "decode"
         self.depth = torch.full(shape, settings.num_layers, dtype=torch.long, device=device)
         if real is not None:
@@ -194,6 +198,7 @@ class Run:
         total = self.batch * self.tokens
         plan = self.settings.plan
         pack = plan == "compact" or (plan == "auto" and profitable(count, total))
+        pack = pack and (self.packable or count == 0)
         if not pack:
             return Tokens(self, before=tokens, active=self._active(tokens, live))
         device = self.depth.device

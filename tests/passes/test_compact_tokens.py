@@ -99,7 +99,7 @@ def _stage(work: Work) -> fx.Graph:
 def _size_between(work: Work) -> None:
     node = named(work, "stage_0")
     with work.graph.graph.inserting_after(node):
-        work.graph.graph.call_function(aten.sym_size.int, (node, 0))
+        work.graph.graph.call_function(aten.sym_size.int, (node, 0)).meta["val"] = 1
 
 
 def _owned(work: Work) -> None:

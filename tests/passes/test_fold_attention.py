@@ -43,9 +43,6 @@ def test_keys_stay_in_their_region(kind: str, layers: int) -> None:
             assert not cached or readers == {"call_module"}, node.format_node()
 
 
-
-
-
 def test_keys_of_another_layer_are_refused() -> None:
     work = before(FoldAttention, "llama", 3)
     first, last = work.find(ATTENTION)[0], work.find(ATTENTION)[2]

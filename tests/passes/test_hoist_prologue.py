@@ -11,7 +11,17 @@ from adept_fx.graph.meta import PROLOGUE
 from adept_fx.graph.runner import run_passes
 from adept_fx.passes.hoist_prologue import HoistPrologue
 
-from .check import ROTARY, assert_caught, aten, before, border, check_pass, each_model, insert
+from .check import (
+    ROTARY,
+    assert_caught,
+    aten,
+    before,
+    border,
+    calls,
+    check_pass,
+    each_model,
+    insert,
+)
 
 
 @each_model
@@ -28,14 +38,13 @@ def test_counts(kind: str, layers: int) -> None:
 def test_the_prologue_comes_first(kind: str, layers: int) -> None:
     work = before(HoistPrologue, kind, layers)
     run_passes(work, [HoistPrologue()])
-    calls = [node for node in work.graph.graph.nodes if node.op != "placeholder"]
-    last = max(at for at, node in enumerate(calls) if meta.get(node).layer == PROLOGUE)
-    assert not [node for node in calls[:last] if (meta.get(node).layer or 0) > 0]
+    nodes = calls(work)
+    last = max(at for at, node in enumerate(nodes) if meta.get(node).layer == PROLOGUE)
+    assert not [node for node in nodes[:last] if (meta.get(node).layer or 0) > 0]
 
 
 def _prologue(work: Work) -> list[torch.fx.Node]:
-    calls = work.graph.graph.find_nodes(op="call_function")
-    return [node for node in calls if meta.get(node).layer == PROLOGUE]
+    return [node for node in calls(work) if meta.get(node).layer == PROLOGUE]
 
 
 def _late(work: Work) -> None:

@@ -30,7 +30,9 @@ def test_what_layers_read_behind_an_exit_is_frozen(exits: tuple[int, ...]) -> No
     work = before(InsertGates, "llama", 5, exits)
     run_passes(work, [InsertGates()])
     gates = work.find(GATE)
-    active = {layer: [g for g, e in zip(gates, exits, strict=True) if e < layer] for layer in range(6)}
+    active = {
+        layer: [g for g, e in zip(gates, exits, strict=True) if e < layer] for layer in range(6)
+    }
     for layer in range(exits[0] + 1, 6):
         state = border(work, layer)
         assert state.target is FREEZE

@@ -18,6 +18,7 @@ from .check import (
     assert_caught,
     aten,
     before,
+    calls,
     check_pass,
     each_model,
     insert,
@@ -67,8 +68,7 @@ def test_the_inputs_are_explicit(kind: str, layers: int) -> None:
 def test_nothing_but_values_is_left(kind: str, layers: int) -> None:
     work = before(Normalize, kind, layers)
     run_passes(work, [Normalize()])
-    calls = work.graph.graph.find_nodes(op="call_function")
-    for node in calls:
+    for node in calls(work):
         name = str(node.target)
         assert not any(word in name for word in ("assert", "dropout", "aten.view", "constrain"))
         assert node.users, f"{node.name} is dead"
@@ -81,11 +81,12 @@ def test_other_uses_of_input_ids_are_refused_with_their_place() -> None:
     site = next(
         node
         for node in work.graph.graph.nodes
-        if any(".layers.1.mlp" in path for path, _ in _stack(node)) and node.target is aten.mul.Tensor
+        if any(".layers.1.mlp" in path for path, _ in _stack(node))
+        and node.target is aten.mul.Tensor
     )
     number = insert(site, aten.unsqueeze.default, named(work, "input_ids"), -1, like=site)
-    insert_at = insert(number, aten.mul.Tensor, site, number, like=site)
-    site.replace_all_uses_with(insert_at, delete_user_cb=lambda user: user is not insert_at)
+    scaled = insert(number, aten.mul.Tensor, site, number, like=site)
+    site.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
     with pytest.raises(UnsupportedModelError, match=r"input_ids besides .*layers\.1\.mlp"):
         run_passes(work, [Normalize()])
 
