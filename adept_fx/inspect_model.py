@@ -1,12 +1,13 @@
 """Looks at a model before anything is done to it, and refuses what cannot be rewritten."""
 
+import inspect
 from typing import Any
 
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from adept_fx.errors import ConfigError, UnsupportedModelError
-from adept_fx.runtime.handle import Adept
+from adept_fx.errors import UnsupportedModelError
+from adept_fx.runtime.decoder import ExitAwareForward
 
 
 def refuse(model: nn.Module) -> None:
@@ -16,7 +17,10 @@ def refuse(model: nn.Module) -> None:
         UnsupportedModelError: Not a transformers model, an encoder-decoder, transformed already,
             or spread by accelerate hooks.
     """
-    if any(isinstance(module, Adept) for module in model.modules()):
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"{type(model).__name__} is not a model")
+    forwards = [vars(module).get("forward") for module in model.modules()]
+    if any(isinstance(forward, ExitAwareForward) for forward in forwards):
         raise UnsupportedModelError(
             "this model is transformed already",
             hint="adept_fx.restore(model) first, or change model.adept.thresholds",
@@ -57,8 +61,6 @@ def find_decoder(model: Any) -> Any:
 
 
 def _refuse_without_cache(decoder: Any) -> None:
-    import inspect
-
     parameters = inspect.signature(type(decoder).forward).parameters
     if "past_key_values" in parameters:
         return
@@ -82,27 +84,3 @@ def _refuse_recurrent(decoder: Any) -> None:
             f"layers {', '.join(recurrent)} of {type(decoder).__name__} carry recurrent state",
             hint="only layers that keep keys and values are supported",
         )
-
-
-def layer_count(decoder: Any) -> int:
-    """Number of layers, by the config.
-
-    Raises:
-        ConfigError: The config does not say.
-    """
-    count = getattr(decoder.config, "num_hidden_layers", None)
-    if not isinstance(count, int):
-        raise ConfigError(f"{type(decoder).__name__}'s config has no num_hidden_layers")
-    return count
-
-
-def hidden_size(decoder: Any) -> int:
-    """Width of the residual stream, by the config.
-
-    Raises:
-        ConfigError: The config does not say.
-    """
-    size = getattr(decoder.config, "hidden_size", None)
-    if not isinstance(size, int):
-        raise ConfigError(f"{type(decoder).__name__}'s config has no hidden_size")
-    return size

@@ -182,12 +182,30 @@ def _mask_functions() -> dict[Callable[..., Any], str]:
 
 def _patch_masks(stack: ExitStack, decoder: nn.Module, recorder: Recorder, thread: int) -> None:
     functions = _mask_functions()
+    both_ways = {
+        masking_utils.create_bidirectional_mask,
+        masking_utils.create_bidirectional_sliding_window_mask,
+    }
     modules = {sys.modules[type(module).__module__] for module in decoder.modules()}
     for module in modules:
         for name, value in list(vars(module).items()):
             if inspect.isfunction(value) and value in functions:
                 marker = _mask_marker(value, functions[value], recorder, thread)
                 _replace(stack, module, name, marker)
+            elif inspect.isfunction(value) and value in both_ways:
+                _replace(stack, module, name, _refusal(value, type(decoder).__name__, thread))
+
+
+def _refusal(function: Callable[..., Any], name: str, thread: int) -> Callable[..., Any]:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return function(*args, **kwargs)
+        raise UnsupportedModelError(
+            f"{name} attends in both directions: it is an encoder",
+            hint="only causal decoders are supported",
+        )
+
+    return refuse
 
 
 def _mask_marker(

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from adept_fx.config import ExitConfig
-from adept_fx.errors import UnsupportedModelError
+from adept_fx.errors import ConfigError, UnsupportedModelError
 from adept_fx.gates.registry import build_gates
-from adept_fx.inspect_model import find_decoder, hidden_size, layer_count, refuse
+from adept_fx.inspect_model import find_decoder, refuse
+from adept_fx.model_facts import hidden_size, layer_count
 from adept_fx.runtime.decoder import ExitAwareForward
 from adept_fx.runtime.handle import Adept
 from adept_fx.runtime.head import Head
@@ -38,6 +39,11 @@ def transform(model: nn.Module, config: ExitConfig | None = None) -> Any:
         CaptureError: The decoder cannot be traced.
     """
     config = ExitConfig() if config is None else config
+    if not isinstance(config, ExitConfig):
+        raise ConfigError(
+            f"transform takes an ExitConfig, not {type(config).__name__}",
+            hint="write adept_fx.ExitConfig(exits=...)",
+        )
     refuse(model)
     decoder = find_decoder(model)
     path = path_to(model, decoder)
@@ -49,10 +55,11 @@ def transform(model: nn.Module, config: ExitConfig | None = None) -> Any:
     gates = build_gates(resolved, hidden_size(decoder), weight.device, dtype)
     adept = Adept(resolved, gates, one_threshold=config.prefill_threshold is None)
     adept.train(model.training)
-    exit_aware = shell(decoder)
+    memo: dict[int, Any] = {}
+    exit_aware = shell(decoder, memo)
     forward = ExitAwareForward(adept, exit_aware)
     exit_aware.__dict__["forward"] = forward
-    transformed = rebuild(model, path, exit_aware)
+    transformed = rebuild(model, path, exit_aware, memo)
     head = Head(transformed, exit_aware)
     if any("logits" in gate.needs for gate in gates):
         head.check()
@@ -78,4 +85,5 @@ def restore(ee: nn.Module) -> Any:
     adept.uncompile()
     decoder = adept.decoder
     path = path_to(ee, decoder)
-    return rebuild(ee, path or [], shell(decoder))
+    memo: dict[int, Any] = {}
+    return rebuild(ee, path or [], shell(decoder, memo), memo)

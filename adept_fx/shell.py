@@ -13,11 +13,16 @@ _BOUND = ("_compiled_call_impl", "forward", "adept")
 _TABLES = ("_parameters", "_buffers", "_modules")
 
 
-def shell(module: nn.Module) -> nn.Module:
+def shell(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A new module of the same class with the same children, parameters and buffers.
 
-    Its own tables are new: replacing a child of the shell does not touch ``module``. Configs are
-    copies. Nothing that is bound to ``module`` comes along, and no hooks.
+    Its own tables are new: replacing a child of the shell does not touch ``module``. Nothing that
+    is bound to ``module`` comes along, and no hooks.
+
+    Args:
+        module: What to share.
+        memo: Of ``copy.deepcopy``: configs are copied with it, so that modules that share one go
+            on sharing. None keeps ``module``'s own configs.
     """
     new = object.__new__(type(module))
     state: dict[str, Any] = {k: v for k, v in vars(module).items() if k not in _BOUND}
@@ -29,8 +34,8 @@ def shell(module: nn.Module) -> nn.Module:
         state[name] = type(state[name])(state[name])
     state["_modules"].pop("adept", None)
     for name in ("config", "generation_config"):
-        if state.get(name) is not None:
-            state[name] = copy.deepcopy(state[name])
+        if memo is not None and state.get(name) is not None:
+            state[name] = copy.deepcopy(state[name], memo)
     new.__dict__.update(state)
     return new
 
@@ -38,14 +43,11 @@ def shell(module: nn.Module) -> nn.Module:
 def plain_shell(module: nn.Module) -> nn.Module:
     """A shell that runs the class's own forward on exactly the module's present children.
 
-    Shares the module's tables of parameters and buffers, so that references into them stay true,
-    and its config.
+    Shares the module's tables of parameters and buffers, so that references into them stay true.
     """
     new = shell(module)
     new.__dict__["_parameters"] = module._parameters
     new.__dict__["_buffers"] = module._buffers
-    if "config" in vars(module):
-        new.__dict__["config"] = module.config
     return new
 
 
@@ -57,10 +59,12 @@ def path_to(model: nn.Module, target: nn.Module) -> list[str] | None:
     return None
 
 
-def rebuild(model: nn.Module, path: list[str], inner: nn.Module) -> nn.Module:
+def rebuild(
+    model: nn.Module, path: list[str], inner: nn.Module, memo: dict[int, Any] | None = None
+) -> nn.Module:
     """Shells for every module on ``path`` from ``model``, ending in ``inner``."""
     if not path:
         return inner
-    new = shell(model)
-    new._modules[path[0]] = rebuild(model.get_submodule(path[0]), path[1:], inner)
+    new = shell(model, memo)
+    new._modules[path[0]] = rebuild(model.get_submodule(path[0]), path[1:], inner, memo)
     return new

@@ -132,7 +132,7 @@ class Trainer:
         self.loss += (last.item() - self.loss) * max(0.02, 1 / self.steps)
 
 
-def choose_threads(step: Callable[[], None], tries: int = 4) -> None:
+def choose_threads(step: Callable[[], None], tries: int = 3) -> None:
     """Keeps all threads, or a single one where that is faster: on a busy machine it can be."""
     everything = torch.get_num_threads()
     times: dict[int, list[float]] = {everything: [], 1: []}
@@ -162,9 +162,9 @@ def train(model: LlamaForCausalLM, ids: Tensor, settings: Settings) -> dict[str,
     trainer = Trainer(model, ids, settings)
     start = time.perf_counter()
     model.train()
-    choose_threads(lambda: trainer.step(schedule(0.0)))
     with progress_bar() as bar:
         task = bar.add_task("", total=1.0, step=0, loss=float("nan"))
+        choose_threads(lambda: trainer.step(schedule(0.0)))
         while done < 1:
             trainer.step(schedule(done))
             elapsed = time.perf_counter() - start

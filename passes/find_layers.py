@@ -188,7 +188,7 @@ def _borders(flow: _Flow, uses: dict[int, list[Node]], work: Work) -> list[Node]
             after += 1  # outputs of split ops, or a state that is reshaped before it goes on
         early = [node for node in uses[layer] if flow.place[node] <= places[-1] and layer]
         if after >= len(flow.chain) or early or after <= places[-1]:
-            raise _no_cut(layer + 1, flow, after)
+            raise _no_cut(layer if early else layer + 1, flow, after)
         places.append(after)
     return [flow.chain[place] for place in places]
 

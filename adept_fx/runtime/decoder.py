@@ -14,7 +14,7 @@ from adept_fx.kv.base import build_policy
 from adept_fx.pipeline import Program, build, start
 from adept_fx.runtime.call import Call, read_call
 from adept_fx.runtime.compiled import Stacks, compile_program
-from adept_fx.runtime.fingerprint import Fingerprint, refuse_hooks
+from adept_fx.runtime.fingerprint import Fingerprint, agree, choices, refuse_hooks
 from adept_fx.runtime.masks import build_mask, past_length, real_tokens
 from adept_fx.runtime.run import Run
 from adept_fx.shell import plain_shell
@@ -37,9 +37,11 @@ class ExitAwareForward:
         self.adept = adept
         self.decoder = decoder
         self._lock = threading.RLock()
-        self._programs: dict[bool, tuple[Program, Fingerprint, Any]] = {}
+        self._programs: dict[bool, tuple[Program, Fingerprint]] = {}
         self._options: dict[str, Any] | None = None
         self._stacks = Stacks()
+        self._layers = getattr(decoder.config, "num_hidden_layers", None)
+        self._choices = choices(decoder)
         # What tools that look at a forward's parameters are to see.
         forward = inspect.signature(type(decoder).forward)
         self.__signature__ = forward.replace(parameters=list(forward.parameters.values())[1:])
@@ -71,13 +73,8 @@ class ExitAwareForward:
         Raises:
             AdeptError: The decoder cannot be captured or rewritten.
         """
-        layers = getattr(self.decoder.config, "num_hidden_layers", None)
+        self._check_layers()
         found = self._programs.get(positions)
-        if found is not None and found[2] != layers:
-            raise InputError(
-                f"config.num_hidden_layers changed from {found[2]} to {layers} since the transform",
-                hint="assistant_early_exit cannot be combined with exits: use the original model",
-            )
         if found is not None and found[1].matches():
             return found[0]
         if found is not None and self._options is not None:
@@ -89,14 +86,25 @@ class ExitAwareForward:
         with self._lock:
             found = self._programs.get(positions)
             if found is None or not found[1].matches():
-                found = (*self._capture(positions), layers)
+                found = self._capture(positions)
                 if self._options is not None:
                     compile_program(found[0], self._stacks, self._options)
                 self._programs[positions] = found
             return found[0]
 
+    def _check_layers(self) -> None:
+        """Raises if something cut the config's layers down, as ``assistant_early_exit`` does."""
+        config: Any = self.decoder.config
+        if config.num_hidden_layers != self._layers:
+            asked, config.num_hidden_layers = config.num_hidden_layers, self._layers
+            raise InputError(
+                f"the call asks for {asked} of {self._layers} layers (assistant_early_exit?)",
+                hint="assistant_early_exit cannot be combined with exits: use the original model",
+            )
+
     def _capture(self, positions: bool) -> tuple[Program, Fingerprint]:
         refuse_hooks(self.decoder)
+        self._choices = agree(self.decoder, self._choices)
         seen = Fingerprint.of(self.decoder, skip=self.adept)
         captured = capture(plain_shell(self.decoder), positions=positions)
         config = self.adept.config
@@ -173,4 +181,6 @@ class ExitAwareForward:
         copied._options = None
         copied._stacks = Stacks()
         copied.__signature__ = self.__signature__
+        copied._layers = self._layers
+        copied._choices = dict(self._choices)
         return copied

@@ -14,7 +14,8 @@ from adept_fx.errors import UnsupportedModelError
 
 # Attributes by which modules of transformers and PEFT choose what they compute.
 _SETTINGS = ("_disable_adapters", "_active_adapter", "merged_adapters", "gradient_checkpointing")
-_CONFIG_SETTINGS = ("_attn_implementation", "_experts_implementation", "is_causal")
+_CHOICES = ("_attn_implementation", "_experts_implementation")
+_CONFIG_SETTINGS = (*_CHOICES, "is_causal")
 _RECORDERS = ("transformers.utils.output_capturing", "transformers.utils.generic")
 
 
@@ -80,6 +81,35 @@ class Fingerprint:
             and all(t.dtype is dtype and t.device == device for t, dtype, device in self.tensors)
             and all(getattr(holder, name, None) == value for holder, name, value in self.settings)
         )
+
+
+def choices(decoder: nn.Module) -> dict[str, Any]:
+    """How the decoder's config chooses attention and expert implementations."""
+    config = getattr(decoder, "config", None)
+    return {name: getattr(config, name, None) for name in _CHOICES}
+
+
+def agree(decoder: nn.Module, before: dict[str, Any]) -> dict[str, Any]:
+    """Lets a change of implementation in one config reach all.
+
+    A transformed model has configs of its own, but its layers are the original's and look into
+    the original's: whichever was changed since ``before`` wins.
+
+    Returns:
+        The choices now.
+    """
+    found = [getattr(module, "config", None) for module in decoder.modules()]
+    configs = {id(config): config for config in found if config is not None}
+    now = dict(before)
+    for name in _CHOICES:
+        changed = [v for c in configs.values() if (v := getattr(c, name, None)) != before[name]]
+        changed = [value for value in changed if value is not None]
+        if changed:
+            now[name] = changed[-1]
+            for config in configs.values():
+                if getattr(config, name, None) is not None:
+                    setattr(config, name, now[name])
+    return now
 
 
 def refuse_hooks(decoder: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor, fx, nn
 from adept_fx.config import ExitConfig
 from adept_fx.errors import ConfigError, InputError, UnsupportedModelError
 from adept_fx.gates.base import Gate
+from adept_fx.gates.registry import build_gates
 from adept_fx.graph.runner import PassRecord
+from adept_fx.model_facts import hidden_size
 from adept_fx.pipeline import Program
 from adept_fx.runtime.decoder import ExitAwareForward
 from adept_fx.runtime.head import Head
@@ -154,6 +157,8 @@ class Adept(nn.Module):
         chosen = [gates] * count if isinstance(gates, Gate) else list(gates)
         if len(chosen) != count or not all(isinstance(gate, Gate) for gate in chosen):
             raise ConfigError(f"{count} gates are needed, one per exit point")
+        wanted = replace(self.config, gate=tuple(chosen))
+        build_gates(wanted, hidden_size(self.decoder))  # raises if one does not fit
         before = [gate.needs - {"logits"} for gate in self.gate_list()]
         self.gates = nn.ModuleList(chosen)
         if before != [gate.needs - {"logits"} for gate in chosen]:

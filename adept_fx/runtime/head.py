@@ -1,5 +1,6 @@
 """The model's head, for gates that look at logits."""
 
+import copy
 import inspect
 from typing import Any
 
@@ -52,13 +53,18 @@ class Head:
     def __call__(self, norm: nn.Module, hidden: Tensor) -> Tensor:
         """Logits ``[N, V]`` that tokens with states ``hidden [N, D]`` would emit."""
         self.check()
-        final = norm(hidden.unsqueeze(0))
+        # Every token is a row of its own: heads that pool a row see that token alone.
+        final = norm(hidden.unsqueeze(1))
         path = path_to(self.model, self.decoder)
         stub = _Stub(self.decoder.config)
         # Built anew each time: it shares whatever the model's own modules are now.
-        whole = rebuild(self.model, path or [], stub)
+        whole: Any = rebuild(self.model, path or [], stub)
+        if getattr(whole.config, "pad_token_id", 0) is None:
+            # Pooling heads ask for it when there is more than one row; with one token it is unused.
+            whole.__dict__["config"] = copy.copy(whole.config)
+            whole.config.pad_token_id = 0
         keywords = {"use_cache": False, "return_dict": True}
         known = inspect.signature(type(whole).forward).parameters
         chosen = {name: value for name, value in keywords.items() if name in known}
         logits: Tensor = whole(inputs_embeds=final, **chosen).logits
-        return logits[0]
+        return logits[:, -1] if logits.ndim == 3 else logits

@@ -83,7 +83,7 @@ def test_a_compacted_part_computes_with_compacted_sizes(shape: tuple[int, int]) 
     assert found[1].equal(wanted[1])
     assert [node.name for node in part.inputs] == ["states"]
     assert [meta.get(node).source for node in part.sources] == ["weight"]
-    assert [n.name for n in module.graph.find_nodes(op="placeholder")][0] == "states"
+    assert next(n.name for n in module.graph.find_nodes(op="placeholder")) == "states"
 
 
 def test_no_size_is_passed_in() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ class Fused(nn.Module):
     def forward(self, states: Tensor) -> tuple[Tensor, ...]:
         if self.kind != "addmm":
             return self.pick(F.linear(states, self.weight, self.bias))
+        assert self.bias is not None
         flat = torch.addmm(self.bias, states.reshape(-1, WIDTH), self.weight)
         return self.pick(flat.reshape(*states.shape[:2], -1))
 
@@ -143,19 +145,16 @@ def test_heads_merged_with_the_batch() -> None:
 
 def _columns_computed(module: fx.GraphModule) -> int:
     """Output columns of all projections in the graph."""
-    total = 0
+    total, linear = 0, torch.ops.aten.linear.default
     for node in module.graph.nodes:
+        arguments: Any = node.args
         if node.target is project_heads:
-            weight, start, size, stride = node.args[1], *node.args[3:]
+            start, size, stride = arguments[3:]
             assert start + size <= stride
-            if "val" not in weight.meta:  # a transpose
-                total += weight.args[0].meta["val"].shape[1] // stride * size
-            else:
-                total += weight.meta["val"].shape[0] // stride * size
-        elif node.target in (torch.ops.aten.linear.default, torch.ops.aten.addmm.default):
-            weight = node.args[1 if node.target is torch.ops.aten.linear.default else 2]
-            assert weight.target is torch.ops.aten.slice.Tensor
-            total += weight.args[3] - weight.args[2]
+            total += arguments[1].meta["val"].shape[0] // stride * size
+        elif node.target is linear:
+            assert arguments[1].target is torch.ops.aten.slice.Tensor
+            total += arguments[1].args[3] - arguments[1].args[2]
     return total
 
 

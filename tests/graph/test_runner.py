@@ -93,7 +93,7 @@ def test_a_refusal_is_not_a_failure_of_the_pass() -> None:
         def change(self, work: Work, node: Node) -> bool:
             raise UnsupportedModelError("layer 3 is odd")
 
-    with pytest.raises(UnsupportedModelError, match="^layer 3 is odd$"):
+    with pytest.raises(UnsupportedModelError, match=r"^layer 3 is odd$"):
         run_passes(fresh(), [Refuses()])
 
 

@@ -47,8 +47,8 @@ def world() -> tuple[FakeTensorMode, Sizes, Symbols]:
     )
     states, slots = (n.meta["val"] for n in program.graph.find_nodes(op="placeholder"))
     (b, s, _), (r, t) = states.shape, slots.shape
-    found = [expression(size) for size in (b, s, r, t)]
-    symbols = Symbols(*found[:3], past=found[3], keys=frozenset({found[3]}))
+    batch, tokens, rows, length = (expression(size) for size in (b, s, r, t))
+    symbols = Symbols(batch, tokens, rows, length, frozenset({length}))
     mode: FakeTensorMode = states.fake_mode
     assert isinstance(mode.shape_env, ShapeEnv)
     return mode, Sizes(b, s, r, t), symbols

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import operator
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import fx
 
 from adept_fx.errors import UnsupportedModelError
-from adept_fx.graph import meta
 from adept_fx.graph.base import Work
 from adept_fx.graph.blocks import AttentionRegion, Stage, Synthesis
 from adept_fx.graph.runner import run_passes
 from adept_fx.ops import tokens as ops
 from adept_fx.passes.compact_tokens import CompactTokens
-from adept_fx.passes.normalize import Normalize
 from adept_fx.pipeline import PIPELINE
 
 from .check import ROTARY, assert_caught, aten, before, check_pass, each_case, insert, named
@@ -36,7 +35,7 @@ def test_every_layer_is_in_one_stage(kind: str, layers: int, exits: tuple[int, .
     modules = list(work.graph.modules())
     stages = [module.layers for module in modules if isinstance(module, Stage)]
     bounds = [0, *exits, layers]
-    assert stages == [range(*pair) for pair in zip(bounds, bounds[1:], strict=False)]
+    assert stages == [range(*pair) for pair in pairwise(bounds)]
     blocks = [module.layers for module in modules if isinstance(module, Synthesis)]
     assert blocks == [range(e, layers) for e in exits]
     assert sum(isinstance(module, AttentionRegion) for module in modules) == layers

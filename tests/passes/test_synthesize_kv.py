@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 
 import pytest
-import torch
 from torch import fx
 from torch.fx import Node
 
@@ -15,7 +14,7 @@ from adept_fx.graph.runner import run_passes
 from adept_fx.ops.project import project_layers
 from adept_fx.passes.synthesize_kv import SynthesizeKV
 
-from .check import aten, assert_caught, assert_same, before, check_pass, each_case, insert, write
+from .check import assert_caught, assert_same, aten, before, check_pass, each_case, insert, write
 
 FUSED = ("gpt_neox", "bloom")
 
