@@ -202,10 +202,12 @@ def _export(
     }
     if positions:
         example["position_ids"] = torch.zeros_like(ids)
-    free = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    free: dict[int, Any] = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     shapes: dict[str, Any] = dict.fromkeys(example, free)
     shapes["past"] = {0: Dim.DYNAMIC}
-    shapes["slots"] = dict.fromkeys(example["slots"], free)
+    # One symbol for the cached rows of all kinds; tied rows find the batch's by themselves.
+    same = free if rows == _BATCH else {0: Dim("rows", min=2), 1: Dim.DYNAMIC}
+    shapes["slots"] = dict.fromkeys(example["slots"], same)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(

@@ -33,7 +33,7 @@ class FoldAttention(Pass):
     Refuses when: keys of one layer reach into another.
     """
 
-    needs = Stage.LAYERED
+    needs = Stage.HOISTED
     reaches = Stage.FOLDED
 
     def call(self, work: Work) -> PassResult:

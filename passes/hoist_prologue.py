@@ -22,7 +22,7 @@ class HoistPrologue(Pass):
     """
 
     needs = Stage.LAYERED
-    reaches = Stage.LAYERED
+    reaches = Stage.HOISTED
 
     def call(self, work: Work) -> PassResult:
         """Merges equal nodes, then moves the rest."""
@@ -43,9 +43,14 @@ class HoistPrologue(Pass):
     def ensures(self, work: Work) -> None:
         """Checks the order."""
         layers = False
+        seen: dict[Any, Node] = {}
         for node in work.graph.graph.nodes:
             if _is_prologue(node) and layers:
                 raise PassError(f"{node.name} of the prologue comes after a layer")
+            if _is_prologue(node) and is_pure(node):
+                first = seen.setdefault(value_key(node), node)
+                if first is not node:
+                    raise PassError(f"{node.name} of the prologue is equal to {first.name}")
             layers |= node.op != "placeholder" and (meta.get(node).layer or 0) > 0
 
 

@@ -64,6 +64,16 @@ class InsertGates(Pass):
         expected = {"gates": len(work.exits), "freezes": work.num_layers - work.exits[0]}
         if counts != expected:
             raise PassError(f"insert_gates made {counts}, not {expected}")
+        self._check_freezes(work)
+
+    def _check_freezes(self, work: Work) -> None:
+        borders = {b: n for n in work.graph.graph.nodes if (b := meta.get(n).border) is not None}
+        gates = work.find(_GATE)
+        for layer in range(work.exits[0] + 1, work.num_layers + 1):
+            last = gates[sum(e < layer for e in work.exits) - 1]
+            node = borders[layer]
+            if node.target is not _FREEZE or node.args[1:] != (borders[layer - 1], last):
+                raise PassError(f"the freeze after layer {layer - 1} keeps another state")
 
 
 def _freeze(work: Work, new: Node, frozen: Node, active: Node) -> Node:

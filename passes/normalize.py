@@ -67,8 +67,9 @@ class Normalize(Pass):
         for node in work.graph.graph.nodes:
             if node.target in _ASSERTIONS or _is_noop_cast(node):
                 raise PassError(f"normalize left {node.format_node()}")
-            if node.op == "placeholder" and not node.users:
-                raise PassError(f"normalize left the unused input {node.name}")
+            if node.op != "output" and not node.users:
+                kind = "input" if node.op == "placeholder" else "node"
+                raise PassError(f"normalize left the unused {kind} {node.name}")
             if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
                 raise PassError(f"the captured graph writes in place: {node.format_node()}")
 

@@ -57,9 +57,15 @@ class SynthesizeKV(Pass):
         """Each write lists two tensors per exit point before it."""
         for write in work.find(_WRITE):
             layer: Any = write.args[3]
-            synthesized: Any = write.args[4]
-            if len(synthesized) != 2 * sum(e <= layer for e in work.exits):
-                raise PassError(f"cache layer {layer} lacks synthesized keys")
+            listed: Any = write.args[4]
+            expected = [
+                (f"kv_{index}", 2 * (layer - e) + at)
+                for index, e in enumerate(work.exits)
+                if e <= layer
+                for at in (0, 1)
+            ]
+            if [(item.args[0].target, item.args[1]) for item in listed] != expected:
+                raise PassError(f"cache layer {layer} lacks synthesized keys and values")
 
     def _synthesize(
         self, work: Work, gate: Node, index: int, layers: range, writes: dict[Any, Node]
@@ -89,12 +95,13 @@ class SynthesizeKV(Pass):
             raise PassError(f"malformed cache write {write.format_node()}")
         prologue = _Prologue(border)
         nodes = needed(pair, prologue, order, part.symbols)  # type: ignore[arg-type]
-        for node in nodes:
+        for node in reversed(nodes):
             if meta.get(node).layer not in (layer, None) and not is_scalar(node):
                 raise UnsupportedModelError(
                     f"keys of layer {layer} depend on {node.name} of layer {meta.get(node).layer}",
                     hint="keys must follow from the residual stream and the positions alone",
                 )
+        for node in nodes:
             for i in node.all_input_nodes:
                 if i in prologue and i not in part.copies and not part.is_own_size(i):
                     part.add_input(i)

@@ -20,10 +20,11 @@ class Stage(IntEnum):
     CAPTURED = 0
     NORMALIZED = 1
     LAYERED = 2
-    FOLDED = 3
-    GATED = 4
-    SYNTHESIZED = 5
-    COMPACTED = 6
+    HOISTED = 3
+    FOLDED = 4
+    GATED = 5
+    SYNTHESIZED = 6
+    COMPACTED = 7
 
 
 @dataclass

@@ -154,7 +154,8 @@ def _numbers(value: Node, start: Node, symbols: Symbols) -> Tensor:
 
 
 def _columns(numbers: Tensor, value: Node, symbols: Symbols) -> _Columns | None:
-    if not token_axes(value.meta["val"], symbols).aligned:
+    axes = token_axes(value.meta["val"], symbols)
+    if not axes.aligned or axes.inner != 1:
         return None
     flat = numbers.flatten()
     steps = flat.diff()

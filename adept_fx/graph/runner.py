@@ -65,14 +65,16 @@ def _run(work: Work, step: Pass) -> PassResult:
     step.requires(work)
     try:
         result = step.call(work)
+        if result.modified:
+            work.graph.graph.lint()
+            refresh(work.graph)
+            work.graph.recompile()
     except AdeptError:
         raise
     except Exception as error:
-        raise PassError(f"failed: {type(error).__name__}: {error}") from error
-    if result.modified:
-        work.graph.graph.lint()
-        refresh(work.graph)
-        work.graph.recompile()
+        # The first line: what lint raises goes on with the whole graph.
+        reason = (str(error).splitlines() or [""])[0]
+        raise PassError(f"failed: {type(error).__name__}: {reason}") from error
     work.stage = max(work.stage, step.reaches)
     step.ensures(work)
     verify(work)

@@ -57,7 +57,7 @@ class Probe(Pass):
         ([FindLayers], r"pass find_layers \(after: none\): needs a graph at NORMALIZED.*CAPTURED"),
         (
             [Normalize, FoldAttention],
-            r"pass fold_attention \(after: normalize\): needs a graph at LAYERED, got NORMALIZED",
+            r"pass fold_attention \(after: normalize\): needs a graph at HOISTED, got NORMALIZED",
         ),
         (
             [Normalize, FindLayers, CompactTokens],

@@ -106,7 +106,7 @@ def _no_block(work: Work) -> None:
     ("spoil", "match"),
     [
         (_forget_one, "cache layer 2 lacks synthesized keys"),
-        (_no_block, "exit 1 has no KV synthesis"),
+        (_no_block, "cache layer 1 lacks synthesized keys"),
         (_first_exit_twice, "cache layer 2"),
         (_key_and_value_swapped, "cache layer 2"),
     ],
