@@ -36,7 +36,8 @@ class ExitConfig:
         threshold: A token leaves iff its score is strictly above this number in [0, 1], so 1.0
             means never. One number, or one per exit.
         prefill_threshold: The same for calls with more than one new token per row; None means
-            `threshold`.
+            `threshold`. So the verification step of assisted generation counts as prefill, and a
+            last chunk of one token as decode.
         kv: How the keys and values of skipped layers come about.
     """
 

@@ -37,16 +37,25 @@ class Call:
     return_dict: bool
 
 
-def read_call(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def read_call(
+    decoder: nn.Module,
+    signature: inspect.Signature,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Call:
     """Binds the arguments of ``decoder(...)`` as its own forward would.
+
+    Args:
+        decoder: The decoder.
+        signature: Of its class's forward, without ``self``.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
 
     Raises:
         InputError: An argument asks for something that an exit-aware graph does not have.
     """
     config: Any = decoder.config
-    bound = inspect.signature(type(decoder).forward).bind(decoder, *args, **kwargs)
-    given = dict(bound.arguments)
-    given.pop("self", None)
+    given = dict(signature.bind(*args, **kwargs).arguments)
     for extra in [value for value in given.values() if isinstance(value, dict)]:
         if extra is not given.get("attention_mask"):
             given = {k: v for k, v in given.items() if v is not extra} | extra

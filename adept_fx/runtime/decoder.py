@@ -42,14 +42,15 @@ class ExitAwareForward:
         self._stacks = Stacks()
         self._layers = getattr(decoder.config, "num_hidden_layers", None)
         self._choices = choices(decoder)
+        self._takes_positions = accepts(decoder, "position_ids")
         # What tools that look at a forward's parameters are to see.
         forward = inspect.signature(type(decoder).forward)
         self.__signature__ = forward.replace(parameters=list(forward.parameters.values())[1:])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the decoder with exits; same arguments and output as the original's forward."""
-        call = read_call(self.decoder, args, kwargs)
-        program = self.program(positions=self._takes_positions(call))
+        call = read_call(self.decoder, self.__signature__, args, kwargs)
+        program = self.program(positions=self._takes_positions and call.position_ids is not None)
         shape = (call.embeds.shape[0], call.embeds.shape[1])
         real = real_tokens(call.attention_mask, shape, call.cache)
         settings = self.adept.settings(program, shape[1])
@@ -63,9 +64,6 @@ class ExitAwareForward:
         self.adept.record(run)
         output = program.output_type(last_hidden_state=hidden, past_key_values=call.cache)
         return output if call.return_dict else output.to_tuple()
-
-    def _takes_positions(self, call: Call) -> bool:
-        return call.position_ids is not None and accepts(self.decoder, "position_ids")
 
     def program(self, *, positions: bool) -> Program:
         """The program for calls with or without ``position_ids``; captured again after changes.
@@ -114,7 +112,7 @@ class ExitAwareForward:
 
     def prepare(self) -> Program:
         """Captures the form that ``generate`` calls."""
-        return self.program(positions=accepts(self.decoder, "position_ids"))
+        return self.program(positions=self._takes_positions)
 
     def current(self) -> Program:
         """The program captured last, or the form that ``generate`` calls."""
@@ -183,4 +181,5 @@ class ExitAwareForward:
         copied.__signature__ = self.__signature__
         copied._layers = self._layers
         copied._choices = dict(self._choices)
+        copied._takes_positions = self._takes_positions
         return copied
