@@ -37,6 +37,11 @@ class Head:
     def __init__(self, model: nn.Module, decoder: nn.Module) -> None:
         self.model = model
         self.decoder = decoder
+        self.path = path_to(model, decoder) or []
+        known = inspect.signature(type(model).forward).parameters
+        keywords = {"use_cache": False, "return_dict": True}
+        self.keywords = {name: value for name, value in keywords.items() if name in known}
+        self._built: tuple[list[Any], nn.Module] | None = None
 
     def check(self) -> None:
         """Raises if the model has no logits.
@@ -55,16 +60,36 @@ class Head:
         self.check()
         # Every token is a row of its own: heads that pool a row see that token alone.
         final = norm(hidden.unsqueeze(1))
-        path = path_to(self.model, self.decoder)
-        stub = _Stub(self.decoder.config)
-        # Built anew each time: it shares whatever the model's own modules are now.
-        whole: Any = rebuild(self.model, path or [], stub)
-        if getattr(whole.config, "pad_token_id", 0) is None:
-            # Pooling heads ask for it when there is more than one row; with one token it is unused.
-            whole.__dict__["config"] = copy.copy(whole.config)
-            whole.config.pad_token_id = 0
-        keywords = {"use_cache": False, "return_dict": True}
-        known = inspect.signature(type(whole).forward).parameters
-        chosen = {name: value for name, value in keywords.items() if name in known}
-        logits: Tensor = whole(inputs_embeds=final, **chosen).logits
+        logits: Tensor = self._whole()(inputs_embeds=final, **self.keywords).logits
         return logits[:, -1] if logits.ndim == 3 else logits
+
+    def _whole(self) -> nn.Module:
+        """The model around a decoder that does nothing; built again if the model has changed."""
+        seen: list[Any] = []
+        module = self.model
+        for name in self.path:
+            seen += [*module._modules.values(), getattr(module, "config", None)]
+            module = module.get_submodule(name)
+        built = self._built
+        if (
+            built is None
+            or len(built[0]) != len(seen)
+            or any(a is not b for a, b in zip(built[0], seen, strict=True))
+        ):
+            whole: Any = rebuild(self.model, self.path, _Stub(self.decoder.config))
+            if getattr(whole.config, "pad_token_id", 0) is None:
+                # Pooling heads ask for it where there are several rows; one token needs none.
+                whole.__dict__["config"] = copy.copy(whole.config)
+                whole.config.pad_token_id = 0
+            built = self._built = (seen, whole)
+        return built[1]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Head":
+        """A copy builds its own shells."""
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied.model = copy.deepcopy(self.model, memo)
+        copied.decoder = copy.deepcopy(self.decoder, memo)
+        copied.path, copied.keywords = list(self.path), dict(self.keywords)
+        copied._built = None
+        return copied
