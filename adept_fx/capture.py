@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
-from adept_fx.errors import AdeptError, CaptureError
+from adept_fx.errors import AdeptError, CaptureError, UnsupportedModelError
 from adept_fx.graph import meta
 from adept_fx.graph.symbols import Symbols, expression
 from adept_fx.intercept import FULL, CaptureCache, MaskCall, Recorder, cache_kinds, intercepted
@@ -145,6 +145,12 @@ def capture(decoder: nn.Module, *, positions: bool) -> Capture:
             hint="get_input_embeddings() must name the module that embeds input_ids",
         )
     program = _functional(program)
+    written = sorted(program.graph_signature.buffers_to_mutate.values())
+    if written:
+        raise UnsupportedModelError(
+            f"the decoder writes to its own buffers in its forward: {', '.join(written)}",
+            hint="only decoders that keep nothing between calls but the cache are supported",
+        )
     cache = CaptureCache(decoder.config, recorder)
     return Capture(
         graph=program.graph_module,

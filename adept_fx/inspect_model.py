@@ -56,8 +56,22 @@ def find_decoder(model: Any) -> Any:
             hint="only decoder-only language models are supported",
         )
     _refuse_without_cache(decoder)
+    _refuse_dynamic_rotary(decoder)
     _refuse_recurrent(decoder)
     return decoder
+
+
+def _refuse_dynamic_rotary(decoder: Any) -> None:
+    """Rotary modules that look at the values of a call's positions cannot be traced."""
+    for name, module in decoder.named_modules():
+        kinds = getattr(module, "rope_type", None)
+        for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
+            if kind in ("dynamic", "longrope"):
+                raise UnsupportedModelError(
+                    f"{name} of {type(decoder).__name__} changes its rotary frequencies with the "
+                    f"longest position of each call (rope_type {kind!r})",
+                    hint="use a checkpoint or config with a fixed rope_type, such as 'yarn'",
+                )
 
 
 def _refuse_without_cache(decoder: Any) -> None:

@@ -16,6 +16,7 @@ from adept_fx.graph.projections import cut_unused_columns
 from adept_fx.graph.symbols import is_scalar
 
 _GATE = torch.ops.adept_fx.gate.default
+_LAYER_NORM = torch.ops.aten.layer_norm.default
 _WRITE = torch.ops.adept_fx.cache_write.default
 
 
@@ -105,7 +106,7 @@ class SynthesizeKV(Pass):
             for i in node.all_input_nodes:
                 if i in prologue and i not in part.copies and not part.is_own_size(i):
                     part.add_input(i)
-        part.copy(nodes)
+        part.copy(nodes, _split_norm)
         return pair  # type: ignore[return-value]
 
     def _connect(
@@ -127,6 +128,28 @@ class SynthesizeKV(Pass):
                 last.meta.update({"val": call.meta["val"][at], meta.KEY: meta.get(call)})
                 pair.append(last)
             write.update_arg(4, [*write.args[4], *pair])  # type: ignore[misc]
+
+
+def _split_norm(part: Extraction, node: Node) -> Node | None:
+    """Takes a layer norm apart, so that the layers share its statistic.
+
+    ``layer_norm(x, shape, weight, bias)`` becomes ``layer_norm(x, shape) * weight + bias``: the
+    first factor is the same for all skipped layers. (Root mean square norms are traced in parts.)
+    """
+    if node.target is not _LAYER_NORM or len(node.args) < 3 or node.kwargs:
+        return None
+    defaults = (None, None, 1e-5)  # weight, bias, eps
+    states, shape, weight, bias, eps = (*node.args, *defaults[len(node.args) - 2 :])[:5]
+    if not isinstance(states, Node) or not isinstance(weight, Node):
+        return None
+    graph = part.graph
+    plain = (part.lookup(states), shape, None, None, eps)
+    result = part.number(graph.call_function(_LAYER_NORM, plain), node)
+    result = graph.call_function(torch.ops.aten.mul.Tensor, (result, part.lookup(weight)))
+    result.meta = dict(node.meta)
+    if isinstance(bias, Node):
+        result = graph.call_function(torch.ops.aten.add.Tensor, (result, part.lookup(bias)))
+    return result
 
 
 class _Prologue:

@@ -77,6 +77,15 @@ def test_a_module_that_is_no_transformers_model() -> None:
 BERT = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 64}
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_tables_that_follow_the_call_are_refused(kind: str) -> None:
+    rope = {"rope_type": kind, "factor": 2.0, "rope_theta": 1e4}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
+        rope |= {"original_max_position_embeddings": 32}
+    refuses(tiny("llama", rope_parameters=rope), UnsupportedModelError, "rotary_emb", kind)
+
+
 def test_an_encoder_has_no_decoder() -> None:
     model = AutoModel.from_config(AutoConfig.for_model("bert", **BERT, num_hidden_layers=2))
     refuses(model, UnsupportedModelError, "BertModel")

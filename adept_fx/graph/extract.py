@@ -82,8 +82,12 @@ class Extraction:
         arguments = map_arg(node.args, self.lookup)
         keywords = map_arg(node.kwargs, self.lookup)
         inner = self.graph.create_node(node.op, node.target, arguments, keywords, name=node.name)
-        inner.meta = dict(node.meta)
-        if self._merge and is_pure(node):
+        return self.number(inner, node)
+
+    def number(self, inner: Node, like: Node) -> Node:
+        """Gives a new node the facts of ``like``, or an equal node's place when merging."""
+        inner.meta = dict(like.meta)
+        if self._merge and is_pure(inner):
             first = self._numbers.setdefault(value_key(inner), inner)
             if first is not inner:
                 self.graph.erase_node(inner)
