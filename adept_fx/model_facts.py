@@ -11,10 +11,7 @@ def layer_count(decoder: Any) -> int:
     Raises:
         ConfigError: The config does not say.
     """
-    count = getattr(decoder.config, "num_hidden_layers", None)
-    if not isinstance(count, int):
-        raise ConfigError(f"{type(decoder).__name__}'s config has no num_hidden_layers")
-    return count
+    return _whole_number(decoder, "num_hidden_layers")
 
 
 def hidden_size(decoder: Any) -> int:
@@ -23,7 +20,11 @@ def hidden_size(decoder: Any) -> int:
     Raises:
         ConfigError: The config does not say.
     """
-    size = getattr(decoder.config, "hidden_size", None)
-    if not isinstance(size, int):
-        raise ConfigError(f"{type(decoder).__name__}'s config has no hidden_size")
-    return size
+    return _whole_number(decoder, "hidden_size")
+
+
+def _whole_number(decoder: Any, name: str) -> int:
+    value = getattr(decoder.config, name, None)
+    if not isinstance(value, int):
+        raise ConfigError(f"{type(decoder).__name__}'s config has no {name}")
+    return value
