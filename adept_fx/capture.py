@@ -8,7 +8,7 @@ key length per kind of layer. Cache writes, masks, attention and the input embed
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,9 +19,12 @@ from torch.export import Dim, ExportedProgram
 
 from adept_fx.errors import AdeptError, CaptureError, UnsupportedModelError
 from adept_fx.graph import meta
+from adept_fx.graph.opaque import call_by_function, is_opaque, standing_in
 from adept_fx.graph.symbols import Symbols, expression
 from adept_fx.intercept import FULL, CaptureCache, MaskCall, Recorder, cache_kinds, intercepted
+from adept_fx.intercept.mixers import MixerFoundError
 from adept_fx.ops.attention import AttentionCall
+from adept_fx.ops.mixer import MixerCall
 
 # Hints for the symbols. Distinct, so that no two symbols are taken for one; above 1, because
 # export specializes 0 and 1; the 2-D mask is as long as the keys, as in every real call.
@@ -59,6 +62,7 @@ class Capture:
         sources: Where each such placeholder finds its tensor.
         attentions: Recorded attention calls, indexed by the marker ops.
         masks: Recorded mask calls, indexed by the marker ops.
+        mixers: Recorded calls of modules with recurrent state, indexed by the marker ops.
         output_type: Class of the decoder's output.
         positions: Whether the caller passes ``position_ids``.
         kinds: The kind of each cache layer.
@@ -69,6 +73,7 @@ class Capture:
     sources: dict[str, TensorRef]
     attentions: list[AttentionCall]
     masks: list[MaskCall]
+    mixers: list[MixerCall]
     output_type: type
     positions: bool
     kinds: dict[int, str]
@@ -91,10 +96,7 @@ class _Entry(nn.Module):
         position_ids: Tensor | None = None,
     ) -> Tensor:
         recorder = self.recorder
-        recorder.past, recorder.slots = past, slots
-        recorder.attentions.clear()
-        recorder.masks.clear()
-        recorder.embeds = 0
+        recorder.start(past, slots)
         keywords = {} if position_ids is None else {"position_ids": position_ids}
         output = self.decoder(
             input_ids=input_ids,
@@ -129,7 +131,7 @@ def capture(decoder: nn.Module, *, positions: bool) -> Capture:
         UnsupportedModelError: The decoder does something that has no place in a graph.
     """
     recorder = Recorder()
-    with torch.no_grad(), intercepted(decoder, recorder):
+    with torch.no_grad(), standing_in(decoder), intercepted(decoder, recorder):
         # Rows of the cache are their own symbol; a decoder that computes attention itself, with
         # the batch size in its reshapes, needs them tied to the batch.
         try:
@@ -158,6 +160,7 @@ def capture(decoder: nn.Module, *, positions: bool) -> Capture:
         sources=_sources(program, decoder),
         attentions=list(recorder.attentions),
         masks=list(recorder.masks),
+        mixers=list(recorder.mixers),
         output_type=recorder.output_type or tuple,
         positions=positions,
         kinds=cache_kinds(decoder.config, cache),
@@ -193,8 +196,7 @@ def _export(
     decoder: nn.Module, recorder: Recorder, positions: bool, rows: int
 ) -> tuple[ExportedProgram, Symbols]:
     device = decoder.get_input_embeddings().weight.device  # type: ignore[operator]
-    kinds = {FULL, "sliding_attention", "chunked_attention"}
-    kinds |= set(cache_kinds(decoder.config, CaptureCache(decoder.config, recorder)).values())
+    kinds = (FULL, "chunked_attention", "sliding_attention")
     ids = torch.zeros(_BATCH, _TOKENS, dtype=torch.long, device=device)
     example: dict[str, Any] = {
         "input_ids": ids,
@@ -203,7 +205,7 @@ def _export(
         # Each kind has its own length; the full one equals the 2-D mask's.
         "slots": {
             kind: torch.zeros(rows, _KEYS + (index and 6 + 7 * index), device=device)
-            for index, kind in enumerate(sorted(kinds, key=lambda kind: (kind != FULL, kind)))
+            for index, kind in enumerate(kinds)
         },
     }
     if positions:
@@ -216,10 +218,21 @@ def _export(
     shapes["slots"] = dict.fromkeys(example["slots"], same)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.export.export(
-            _Entry(decoder, recorder), (), example, dynamic_shapes=shapes, strict=False
+        program = _restarting(
+            lambda: torch.export.export(
+                _Entry(decoder, recorder), (), example, dynamic_shapes=shapes, strict=False
+            )
         )
     return program, _symbols(program, example)
+
+
+def _restarting(export: Callable[[], ExportedProgram]) -> ExportedProgram:
+    """Exports anew for each kind of module that turns out to keep recurrent state."""
+    while True:
+        try:
+            return export()
+        except MixerFoundError:
+            continue  # each adds a class to the recorder, so this ends
 
 
 def _symbols(program: ExportedProgram, example: dict[str, Any]) -> Symbols:
@@ -251,6 +264,7 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
 
 def _sources(program: ExportedProgram, decoder: nn.Module) -> dict[str, TensorRef]:
     """Finds the module and name behind every lifted tensor, and notes it on the placeholder."""
+    opaque: dict[fx.Node, str] = {}
     signature = program.graph_signature
     named = signature.inputs_to_parameters | signature.inputs_to_buffers
     constants = signature.inputs_to_lifted_tensor_constants
@@ -262,9 +276,12 @@ def _sources(program: ExportedProgram, decoder: nn.Module) -> dict[str, TensorRe
             module = decoder.get_submodule(path)
             table: Any = module._parameters if key in module._parameters else module._buffers
             sources[node.name] = TensorRef(name, table, key)
+            if is_opaque(table[key]):
+                opaque[node] = type(table[key]).__name__
         elif node.name in constants:
             name = constants[node.name]
             sources[node.name] = TensorRef(name, {name: program.constants[name]}, name)
         if node.name in sources:
             meta.update(node, source=sources[node.name].name)
+    call_by_function(program.graph, opaque)
     return sources

@@ -4,10 +4,11 @@ import inspect
 from typing import Any
 
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from adept_fx.errors import UnsupportedModelError
 from adept_fx.runtime.decoder import ExitAwareForward
+from adept_fx.runtime.fingerprint import refuse_offloading
 
 
 def refuse(model: nn.Module) -> None:
@@ -28,37 +29,51 @@ def refuse(model: nn.Module) -> None:
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a transformers model",
-            hint="pass a PreTrainedModel; of a wrapper, the model inside",
+            hint="pass a PreTrainedModel; of a wrapper, the model inside (get_base_model() of PEFT)",
         )
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{type(model).__name__} is an encoder-decoder",
             hint="only decoders with one residual stream are supported",
         )
-    for name, module in model.named_modules():
-        if hasattr(module, "_hf_hook"):
-            raise UnsupportedModelError(
-                f"module {name or 'model'} has an accelerate hook (offloading or several devices)",
-                hint="load the model on one device, without device_map",
-            )
+    refuse_offloading(model)
 
 
 def find_decoder(model: Any) -> Any:
     """The decoder of a model, by ``get_decoder()``.
 
     Raises:
-        UnsupportedModelError: It has none, or one with layers that carry recurrent state.
+        UnsupportedModelError: It has none, or one that keeps nothing in a cache.
     """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    if not isinstance(decoder, PreTrainedModel) or decoder.get_input_embeddings() is None:
+    decoder = _bare(model.get_decoder() if hasattr(model, "get_decoder") else None)
+    if decoder is None:
+        decoder = _bare(getattr(model, "base_model", None))
+    if decoder is None:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no decoder that get_decoder() finds",
+            f"{type(model).__name__} has no decoder that get_decoder() or base_model finds",
             hint="only decoder-only language models are supported",
         )
     _refuse_without_cache(decoder)
     _refuse_dynamic_rotary(decoder)
-    _refuse_recurrent(decoder)
     return decoder
+
+
+def _bare(found: Any) -> Any:
+    """What was found, without a language modelling head; None if it is no decoder."""
+    while isinstance(found, PreTrainedModel) and found.get_output_embeddings() is not None:
+        inner = found.base_model
+        found = inner if inner is not found else _embedding_child(found)
+    known = isinstance(found, PreTrainedModel) and found.get_input_embeddings() is not None
+    return found if known else None
+
+
+def _embedding_child(model: PreTrainedModel) -> PreTrainedModel | None:
+    """The model inside ``model`` that embeds its tokens."""
+    embedding = model.get_input_embeddings()
+    for child in model.children():
+        if isinstance(child, PreTrainedModel) and any(m is embedding for m in child.modules()):
+            return child
+    return None
 
 
 def _refuse_dynamic_rotary(decoder: Any) -> None:
@@ -83,18 +98,3 @@ def _refuse_without_cache(decoder: Any) -> None:
         f"{type(decoder).__name__} {reason}: its forward takes no past_key_values",
         hint="only decoders whose layers keep keys and values are supported",
     )
-
-
-def _refuse_recurrent(decoder: Any) -> None:
-    cache = DynamicCache(config=decoder.config)
-    types = getattr(decoder.config, "layer_types", None) or []
-    recurrent = [
-        f"{index} ({types[index] if index < len(types) else type(layer).__name__})"
-        for index, layer in enumerate(cache.layers)
-        if hasattr(layer, "update_recurrent_state") or hasattr(layer, "update_conv_state")
-    ]
-    if recurrent:
-        raise UnsupportedModelError(
-            f"layers {', '.join(recurrent)} of {type(decoder).__name__} carry recurrent state",
-            hint="only layers that keep keys and values are supported",
-        )

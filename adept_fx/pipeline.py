@@ -7,6 +7,8 @@ from torch import fx
 
 from adept_fx.capture import Capture
 from adept_fx.graph.base import Pass, Work
+from adept_fx.graph.blocks import Synthesis
+from adept_fx.graph.kv_projections import KVProjection, kv_projections
 from adept_fx.graph.runner import PassRecord, run_passes
 from adept_fx.intercept import MaskCall
 from adept_fx.kv.base import KVPolicy
@@ -37,6 +39,7 @@ class Program:
         graph: The exit-aware graph.
         inputs: Names of its inputs after ``run``.
         masks: The recorded mask call behind each mask input.
+        kinds: The kind of each cache layer: layers of one kind have one key length.
         num_layers: Number of layers of the decoder.
         output_type: Class of the decoder's output.
         records: What each pass did.
@@ -45,9 +48,16 @@ class Program:
     graph: fx.GraphModule
     inputs: tuple[str, ...]
     masks: dict[str, MaskCall]
+    kinds: dict[int, str]
     num_layers: int
     output_type: type
     records: tuple[PassRecord, ...]
+
+    @property
+    def kv_projections(self) -> tuple[KVProjection, ...]:
+        """How keys and values of the layers behind the first exit point are projected."""
+        block = self.graph.get_submodule("kv_0")
+        return kv_projections(block.graph.graph) if isinstance(block, Synthesis) else ()
 
 
 def start(
@@ -63,6 +73,7 @@ def start(
         sources=captured.sources,
         attentions=captured.attentions,
         masks=captured.masks,
+        mixers=captured.mixers,
         exits=exits,
         needs=needs,
         policy=policy,
@@ -80,6 +91,7 @@ def build(captured: Capture, work: Work, passes: Sequence[type[Pass]] = PIPELINE
         graph=work.graph,
         inputs=tuple(names[1:]),
         masks=masks,
+        kinds=captured.kinds,
         num_layers=work.num_layers,
         output_type=captured.output_type,
         records=tuple(records),

@@ -13,6 +13,7 @@ from adept_fx.model_facts import hidden_size, layer_count
 from adept_fx.runtime.decoder import ExitAwareForward
 from adept_fx.runtime.handle import Adept
 from adept_fx.runtime.head import Head
+from adept_fx.runtime.pooling import Pooling
 from adept_fx.shell import path_to, rebuild, shell
 
 
@@ -64,6 +65,9 @@ def transform(model: nn.Module, config: ExitConfig | None = None) -> Any:
     if any("logits" in gate.needs for gate in gates):
         head.check()
     adept.link(forward, head)
+    pooling = Pooling(transformed, exit_aware)
+    if pooling.works():
+        transformed.__dict__["forward"] = forward.pooling = pooling
     # Capture now: what cannot be rewritten is refused here, not at the first call.
     forward.prepare()
     transformed.add_module("adept", adept)

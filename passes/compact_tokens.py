@@ -16,6 +16,7 @@ from adept_fx.graph.meta import PROLOGUE
 from adept_fx.graph.partition import Partition
 from adept_fx.graph.stage_builder import StageBuilder
 from adept_fx.graph.symbols import TokenAxes, token_axes
+from adept_fx.graph.writes import slot, writes, written
 from adept_fx.ops import tokens as ops
 
 
@@ -46,7 +47,7 @@ class CompactTokens(Pass):
         """Builds the outer graph and the submodules, then replaces ``work.graph``."""
         if work.stage >= Reached.COMPACTED:
             return PassResult(False, {"stages": len(work.exits) + 1})
-        plan = Partition.of(work)
+        plan = Partition(work)
         work.graph = _Outer(work, plan).build()
         return PassResult(True, {"stages": len(work.exits) + 1, "gathers": self._gathers(work)})
 
@@ -89,7 +90,7 @@ class _Outer:
         run = self.graph.placeholder("run")
         flat = self.work.graph.graph
         for node in flat.find_nodes(op="placeholder"):
-            if meta.get(node).source is None and not node.name.startswith("slots_"):
+            if meta.get(node).source is None:
                 self.first[node] = self.graph.placeholder(node.name)
         self._prologue()
         embeds = next(n for n in self.first if n.name == "inputs_embeds")
@@ -101,11 +102,15 @@ class _Outer:
             outputs = self._stage(index, layouts[-1], hidden)
             states.append(outputs[0])
             if index < len(self.work.exits):
-                layouts.append(self._exit(index, layouts[-1], outputs))
+                gated = outputs[: self.plan.parts[index].gated]
+                layouts.append(self._exit(index, layouts[-1], gated))
                 hidden = self._gather(index, layouts[-1], outputs[0])
         arguments = (tuple(layouts), tuple(states))
         hidden = self._call(ops.scatter_tokens, arguments, "hidden")
         self.graph.output(self._epilogue(hidden))
+        for node in self.first.values():
+            if node.op == "placeholder" and not node.users:
+                self.graph.erase_node(node)  # key lengths that nothing but attention saw
         self.graph.lint()
         return fx.GraphModule(self.root, self.graph, class_name="ExitAwareGraph")
 
@@ -132,7 +137,10 @@ class _Outer:
         """Everything that the layers read but no layer computes: positions, rotary tables."""
         wanted = {
             node: None
-            for group in (*self.plan.live, *self.plan.call, *self._synthesis_inputs())
+            for group in (
+                *(part.live + part.call for part in self.plan.parts),
+                *self._synthesis_inputs(),
+            )
             for node in group
             if node not in self.first and meta.get(node).layer == PROLOGUE
         }
@@ -166,19 +174,26 @@ class _Outer:
         layers = range(bounds[index], bounds[index + 1])
         builder = StageBuilder(work, plan, index, len(self.kv))
         module = builder.build(layers)
-        outputs = plan.outputs[index]
-        stage = Stage(module, self._sources(builder.part), layers, len(outputs))
+        part = plan.parts[index]
+        stage = Stage(module, self._sources(builder.part), layers, len(part.outputs), builder.owed)
         live = [self.now[node] for node in builder.live]
-        call = [self.first[node] for node in plan.call[index]]
+        call = [self.first[node] for node in part.call]
         node = self._block(f"stage_{index}", stage, (tokens, hidden, *live, *call, *self.kv))
-        if len(outputs) == 1:
+        if len(part.outputs) == 1:
             return [node]
-        return self._items(node, outputs)
+        items = self._items(node, part.outputs)
+        self.now.update(zip(part.outputs[part.gated :], items[part.gated :], strict=True))
+        return items
 
     def _exit(self, index: int, tokens: Node, outputs: list[Node]) -> Node:
         decision = self._call(ops.decide, (tokens, index, *outputs), f"exit_{index}")
         call = self._kv_call(index)
         flat = self.work.graph.get_submodule(f"kv_{index}")
+        behind = [
+            w
+            for w in writes(self.work.graph.graph.nodes)
+            if (meta.get(w).layer or 0) >= self.work.exits[index]
+        ]
         inputs = [n for n in call.args if isinstance(n, Node) and meta.get(n).source is None]
         sources = [n for n in call.args if isinstance(n, Node) and meta.get(n).source is not None]
         axes = [token_axes(n.meta["val"], self.work.symbols) for n in inputs]
@@ -186,18 +201,18 @@ class _Outer:
         refs = [self.work.sources[node.name] for node in sources]
         if not isinstance(flat, fx.GraphModule):
             raise PassError(f"kv_{index} is no graph")
-        block = Synthesis(flat, refs, layers, axes)
+        block = Synthesis(flat, refs, layers, axes, {slot(w): len(written(w)) for w in behind})
         values = [outputs[0], *(self.now[node] for node in inputs[1:])]
         self.kv.append(self._block(f"kv_{index}", block, (decision, *values)))
         return decision
 
     def _gather(self, index: int, tokens: Node, hidden: Node) -> Node:
         """Compacts the state and everything that later stages read token by token."""
-        later = {n: None for live in self.plan.live[index + 1 : -1] for n in live}
+        later = {n: None for part in self.plan.parts[index + 1 : -1] for n in part.live}
         kv = {n: None for inputs in self._synthesis_inputs()[index + 1 :] for n in inputs[1:]}
         for node in sorted({**later, **kv}, key=self.plan.order.__getitem__):
             axes = token_axes(node.meta["val"], self.work.symbols)
-            if meta.get(node).source is not None or not axes:
+            if meta.get(node).source is not None or not axes or node not in self.now:
                 continue
             _check_aligned(node, axes)
             name = f"{node.name}_{index + 1}"
@@ -211,12 +226,13 @@ class _Outer:
         work, plan = self.work, self.plan
         part = Extraction(work.symbols)
         part.add_input(plan.borders[work.num_layers], "hidden")
-        for node in plan.live[-1]:
+        last = plan.parts[-1]
+        for node in last.live:
             part.add_input(node)
-        part.copy(plan.nodes[-1])
-        module = part.finish(plan.outputs[-1][0])
+        part.copy(last.nodes)
+        module = part.finish(last.outputs[0])
         block = Block(module, self._sources(part))
-        return self._block("epilogue", block, (hidden, *(self.first[n] for n in plan.live[-1])))
+        return self._block("epilogue", block, (hidden, *(self.first[n] for n in last.live)))
 
 
 def _check_aligned(node: Node, axes: TokenAxes) -> None:

@@ -1,32 +1,33 @@
 """Finds the layers, and the residual state between them, by dataflow."""
 
 from collections import defaultdict
-from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
 from torch.fx import Node
 
 from adept_fx.errors import PassError, UnsupportedModelError
 from adept_fx.graph import meta
 from adept_fx.graph.base import Pass, PassResult, Stage, Work
+from adept_fx.graph.flow import Flow
 from adept_fx.graph.meta import PROLOGUE
-from adept_fx.graph.symbols import is_hidden, is_own_size, is_scalar
+from adept_fx.graph.symbols import ancestors, is_hidden, is_own_size, is_scalar
+from adept_fx.graph.writes import MIXER, data_inputs, slot, writes
 
 
 class FindLayers(Pass):
     """Marks every node with its layer, and the residual state at every layer border.
 
     The *chain* is what every path from ``inputs_embeds`` to the output goes through (the
-    post-dominators of the embedding). Layer ``l`` owns the parameters that share the position of
-    those behind cache write ``l`` (``layers.3.``, ``h.3.`` ...). The state after layer ``l`` is
-    the first element of the chain that depends on every use of a parameter of layer ``l``.
+    post-dominators of the embedding), values beside the residual stream left out of account.
+    Layer ``l`` owns the parameters that share the position of those behind its cache write
+    (``layers.3.``, ``h.3.`` ...). The state after layer ``l`` is the first element of the chain
+    that depends on every use of a parameter of layer ``l``.
 
     Before: a flat graph. After: the same graph, with ``NodeMeta.layer`` on every node and
     ``NodeMeta.border`` on ``L + 1`` of them.
 
-    Guarantees: borders are single ``[B, S, D]`` values, in order; every cache write of layer
-    ``l`` depends on border ``l``.
+    Guarantees: borders are single ``[B, S, D]`` values, in order; every cache write lies in a
+    layer.
 
     Refuses when: the layers share their parameters, or no single value separates two layers.
     """
@@ -36,10 +37,9 @@ class FindLayers(Pass):
 
     def call(self, work: Work) -> PassResult:
         """Annotates nodes; changes no computation."""
-        flow = _Flow.trace(work)
-        container = _layer_container(work)
-        uses = _parameter_uses(work, container, flow)
-        borders = _borders(flow, uses, work)
+        layer_of = _parameter_uses(work, _layer_container(work))
+        flow = Flow.trace(work, layer_of)
+        borders = _borders(flow, layer_of, work)
         modified = _annotate(work, flow, borders)
         work.num_layers = len(borders) - 1
         return PassResult(modified, {"layers": work.num_layers, "chain": len(flow.chain)})
@@ -49,67 +49,9 @@ class FindLayers(Pass):
         found = [node for node in work.graph.graph.nodes if meta.get(node).border is not None]
         if [meta.get(node).border for node in found] != list(range(work.num_layers + 1)):
             raise PassError(f"layer borders out of order: {found}")
-        for write in work.find(torch.ops.adept_fx.cache_write.default):
-            if meta.get(write).layer != write.args[3]:
-                raise PassError(
-                    f"cache layer {write.args[3]} is written in layer {meta.get(write).layer}"
-                )
-
-
-@dataclass
-class _Flow:
-    """Dataflow from the embedding to the output.
-
-    ``place[n]`` is the index of ``n`` in the chain, or the last index before it plus one half.
-    """
-
-    chain: list[Node]
-    place: dict[Node, float]
-
-    @staticmethod
-    def trace(work: Work) -> "_Flow":
-        graph = work.graph.graph
-        source = next(n for n in graph.find_nodes(op="placeholder") if n.name == "inputs_embeds")
-        sink = graph.output_node()
-        order = {node: position for position, node in enumerate(graph.nodes)}
-        reached = _reached(source, sink, order)
-        chain, horizon = [], 0
-        for node in reached:
-            if horizon <= order[node] and node is not sink:
-                chain.append(node)
-            horizon = max([horizon, *(order[user] for user in node.users if user in reached)])
-        return _Flow(chain, _places(chain, order, work))
-
-    def following(self, node: Node) -> int:
-        """Index of the first chain element at or after ``node``."""
-        return int(-(-self.place[node] // 1))
-
-
-def _reached(source: Node, sink: Node, order: dict[Node, int]) -> dict[Node, None]:
-    """Nodes on a path from source to sink, in order; sizes carry no dataflow."""
-    forward = {source}
-    for node in order:
-        if not is_scalar(node) and any(i in forward for i in node.all_input_nodes):
-            forward.add(node)
-    backward = {sink}
-    for node in reversed(order):
-        if node in forward and any(user in backward for user in node.users):
-            backward.add(node)
-    return {node: None for node in order if node in backward}
-
-
-def _places(chain: list[Node], order: dict[Node, int], work: Work) -> dict[Node, float]:
-    index = {node: position for position, node in enumerate(chain)}
-    place: dict[Node, float] = {}
-    for node in order:
-        if is_own_size(node, work.symbols):
-            continue
-        before = [place[i] for i in node.all_input_nodes if i in place]
-        if node in index:
-            place[node] = float(index[node])
-        elif before:
-            place[node] = max(before) // 1 + 0.5
-    return place
+        for write in writes(work.graph.graph.nodes):
+            if meta.get(write).layer not in range(work.num_layers):
+                raise PassError(f"{slot(write)} is written outside of the layers")
 
 
 def _layer_container(work: Work) -> str:
@@ -117,8 +59,7 @@ def _layer_container(work: Work) -> str:
 
     Two cache writes have parameters behind them whose names differ in one number only.
     """
-    writes = work.find(torch.ops.adept_fx.cache_write.default)
-    names = [_sources_behind(write) for write in writes]
+    names = [_sources_behind(write) for write in writes(work.graph.graph.nodes)]
     for first, second in pairwise(names):
         known = {name: name.split(".") for name in first}
         for name in second:
@@ -136,9 +77,9 @@ def _layer_container(work: Work) -> str:
 
 def _sources_behind(write: Node) -> list[str]:
     """Names of the model's tensors behind a cache write, nearest first."""
-    queue, seen, names = list(write.args[:2]), set(), []
+    queue, seen, names = list(data_inputs(write)), set(), []
     for node in queue:
-        if not isinstance(node, Node) or node in seen:
+        if node in seen:
             continue
         seen.add(node)
         source = meta.get(node).source
@@ -156,28 +97,47 @@ def _one_number_apart(left: list[str], right: list[str]) -> int | None:
     return differ[0] if numbers else None
 
 
-def _parameter_uses(work: Work, container: str, flow: _Flow) -> dict[int, list[Node]]:
-    """Per layer, the nodes of the stream that read one of its parameters."""
+def _parameter_uses(work: Work, container: str) -> dict[Node, int]:
+    """The layer of each node of the stream that reads a parameter of one."""
     owner: dict[Node, int] = {}
-    uses: dict[int, list[Node]] = defaultdict(list)
-    prefix = f"{container}." if container else ""
+    layer_of: dict[Node, int] = {}
+    stream = _downstream(work)
     for node in work.graph.graph.nodes:
-        source = meta.get(node).source
-        if source is not None:
-            head = source.removeprefix(prefix).split(".")[0]
-            if source.startswith(prefix) and head.isdigit():
-                owner[node] = int(head)
-            continue
+        layer = _position(meta.get(node).source or _mixer_name(work, node), container)
         layers = {owner[i] for i in node.all_input_nodes if i in owner}
-        if node in flow.place:
-            for layer in layers:
-                uses[layer].append(node)
+        layers |= set() if layer is None else {layer}
+        if node in stream and layers:
+            layer_of[node] = max(layers)
         elif len(layers) == 1:
             owner[node] = layers.pop()
-    return uses
+    return layer_of
 
 
-def _borders(flow: _Flow, uses: dict[int, list[Node]], work: Work) -> list[Node]:
+def _downstream(work: Work) -> set[Node]:
+    found: set[Node] = set()
+    for node in work.graph.graph.nodes:
+        reads = node.name == "inputs_embeds" or any(i in found for i in node.all_input_nodes)
+        if reads and not is_scalar(node):
+            found.add(node)
+    return found
+
+
+def _mixer_name(work: Work, node: Node) -> str:
+    at = node.args[4] if node.target is MIXER else None
+    return work.mixers[at].name if isinstance(at, int) else ""
+
+
+def _position(name: str, container: str) -> int | None:
+    """The number of the layer that a parameter or module belongs to."""
+    prefix = f"{container}." if container else ""
+    head = name.removeprefix(prefix).split(".")[0]
+    return int(head) if name.startswith(prefix) and head.isdigit() else None
+
+
+def _borders(flow: Flow, layer_of: dict[Node, int], work: Work) -> list[Node]:
+    uses: dict[int, list[Node]] = defaultdict(list)
+    for node, layer in layer_of.items():
+        uses[layer].append(node)
     count = len(uses)
     if sorted(uses) != list(range(count)):
         raise UnsupportedModelError(f"the decoder's layers are numbered {sorted(uses)}, not 0..L-1")
@@ -193,7 +153,7 @@ def _borders(flow: _Flow, uses: dict[int, list[Node]], work: Work) -> list[Node]
     return [flow.chain[place] for place in places]
 
 
-def _no_cut(index: int, flow: _Flow, near: int) -> UnsupportedModelError:
+def _no_cut(index: int, flow: Flow, near: int) -> UnsupportedModelError:
     candidates = [node.name for node in flow.chain[max(0, near - 3) : near + 3]]
     return UnsupportedModelError(
         f"no single value of shape [batch, tokens, hidden] separates layer {index - 1} from "
@@ -202,14 +162,17 @@ def _no_cut(index: int, flow: _Flow, near: int) -> UnsupportedModelError:
     )
 
 
-def _annotate(work: Work, flow: _Flow, borders: list[Node]) -> bool:
+def _annotate(work: Work, flow: Flow, borders: list[Node]) -> bool:
     limits = [flow.place[node] for node in borders[1:]]
+    early = {n for n in ancestors(flow.side) if n.op != "placeholder" and n in flow.place}
     changed = False
     inputs: set[Node] = set()
     for node in work.graph.graph.nodes:
         facts = meta.get(node)
         if is_own_size(node, work.symbols):
             layer: int | None = None
+        elif node in early:
+            layer = PROLOGUE
         elif node in flow.place:
             layer = sum(limit < flow.place[node] for limit in limits)
         elif (node.op == "placeholder" and facts.source is None) or any(

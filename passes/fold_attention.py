@@ -1,19 +1,20 @@
 """Folds each layer's attention into one node."""
 
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
-from adept_fx.errors import PassError, UnsupportedModelError
+from adept_fx.errors import PassError
 from adept_fx.graph import meta
 from adept_fx.graph.base import Pass, PassResult, Stage, Work
 from adept_fx.graph.extract import Extraction
 from adept_fx.graph.symbols import free_symbols, is_scalar
+from adept_fx.graph.writes import INDEX, MIXER, WRITE, is_cached, slot, writes
 from adept_fx.ops.attention import Attention
 
-_WRITE = torch.ops.adept_fx.cache_write.default
 _ATTENTION = torch.ops.adept_fx.attention.default
 
 
@@ -23,14 +24,13 @@ class FoldAttention(Pass):
     Only this part knows rows; everything else is token by token, which is why live tokens of all
     rows may be packed into one. It reaches from the cache write until the key length vanishes
     from the shapes, whether the model calls a registered attention function or computes attention
-    itself.
+    itself. A layer that attends to keys of an earlier layer has such a part, too.
 
     Before: ``k, v = cache_write(...); a = attention(q, k, v, mask)`` (or ``baddbmm`` ...).
     After: ``k, v = cache_write(...); a = attention_3(k, v, q, mask)``, a submodule.
 
-    Guarantees: one region per cache write; outside of regions no value has a key length but masks.
-
-    Refuses when: keys of one layer reach into another.
+    Guarantees: cached keys are read by regions alone; outside of regions no value has a key
+    length but masks.
     """
 
     needs = Stage.HOISTED
@@ -38,89 +38,116 @@ class FoldAttention(Pass):
 
     def call(self, work: Work) -> PassResult:
         """Folds region after region."""
-        writes = work.find(_WRITE)
-        folded = [write for write in writes if self._fold(work, write)]
+        found = [n for n in writes(work.graph.graph.nodes) if n.target is not MIXER]
+        for write in found:
+            _unpack(work.graph.graph, write)
+        regions = _regions(work, found)
+        for region in regions:
+            _replace(work, region)
         work.graph.graph.eliminate_dead_code()
-        return PassResult(bool(folded), {"regions": len(writes), "folded": len(folded)})
+        return PassResult(bool(regions), {"writes": len(found), "folded": len(regions)})
 
     def ensures(self, work: Work) -> None:
-        """Checks that every write has its region and none leaks keys."""
-        for write in work.find(_WRITE):
-            readers = {user for item in write.users for user in item.users}
-            if len(readers) != 1 or next(iter(readers)).op != "call_module":
-                raise PassError(f"keys of cache layer {write.args[3]} are read outside its region")
-
-    def _fold(self, work: Work, write: Node) -> bool:
-        name = f"attention_{write.args[3]}"
-        if hasattr(work.graph, name):
-            return False
-        keys, values = _unpack(work.graph.graph, write)
-        region = _region(work, {keys, values})
-        outputs = [
-            node
-            for node in region
-            if not is_scalar(node) and any(user not in region for user in node.users)
-        ]
-        if any(meta.get(node).layer != meta.get(write).layer for node in region):
-            raise UnsupportedModelError(
-                f"cached keys of layer {write.args[3]} are read by another layer",
-                hint="decoders that share keys and values between layers are not supported yet",
-            )
-        if len(outputs) != 1:
-            raise PassError(f"attention of cache layer {write.args[3]} has outputs {outputs}")
-        _replace(work, name, region, outputs[0], keys, values)
-        return True
+        """Checks that cached keys are read by regions alone."""
+        for write in writes(work.graph.graph.nodes):
+            for item in cached_items(write) if write.target is not MIXER else ():
+                outside = [user.name for user in item.users if user.op != "call_module"]
+                if outside:
+                    raise PassError(f"{slot(write)} is read outside of a region, by {outside}")
 
 
-def _unpack(graph: fx.Graph, write: Node) -> tuple[Node, Node]:
-    items = {user.args[1]: user for user in write.users if user.target is operator.getitem}
-    pair = []
-    for at in (0, 1):
-        if at not in items:
-            with graph.inserting_after(write):
-                items[at] = graph.call_function(operator.getitem, (write, at))
-            items[at].meta.update({"val": write.meta["val"][at], meta.KEY: meta.get(write)})
-        pair.append(items[at])
-    return pair[0], pair[1]
+def cached_items(write: Node) -> list[Node]:
+    """The nodes that stand for all keys (and values) of a cache layer."""
+    if write.target is INDEX:
+        return [write]
+    return [user for user in write.users if user.target is operator.getitem]
 
 
-def _region(work: Work, start: set[Node]) -> dict[Node, None]:
-    """All readers of the keys up to where the key length vanishes, in graph order."""
-    symbols = work.symbols
-    inside: dict[Node, None] = {}
+def _unpack(graph: fx.Graph, write: Node) -> None:
+    """Gives keys and values a node each."""
+    present = {user.args[1] for user in cached_items(write) if write.target is WRITE}
+    for at in {0, 1} - present if write.target is WRITE else ():
+        with graph.inserting_after(write):
+            item = graph.call_function(operator.getitem, (write, at))
+        item.meta.update({"val": write.meta["val"][at], meta.KEY: meta.get(write)})
+
+
+def _regions(work: Work, found: list[Node]) -> list[list[Node]]:
+    """Per layer, groups of nodes that see the same cached keys, in graph order."""
+    cached = {item: {write} for write in found for item in cached_items(write)}
+    seen: dict[Node, set[Node]] = {}
     for node in work.graph.graph.nodes:
-        if any(
-            i in start or (i in inside and free_symbols(i.meta["val"]) & symbols.keys)
-            for i in node.all_input_nodes
-        ) and not (is_scalar(node) and not free_symbols(node.meta["val"]) & symbols.keys):
-            inside[node] = None
-    return inside
+        long = bool(free_symbols(node.meta.get("val")) & work.symbols.keys)
+        behind = [cached[i] for i in node.all_input_nodes if i in cached]
+        if (
+            node in cached
+            or node.op == "call_module"
+            or not behind
+            or (is_scalar(node) and not long)
+        ):
+            continue
+        seen[node] = set().union(*behind)
+        if long:
+            cached[node] = seen[node]
+    groups: list[tuple[Any, set[Node], list[Node]]] = []
+    for node, writes_seen in seen.items():
+        layer = meta.get(node).layer
+        near = [g for g in groups if g[0] == layer and g[1] & writes_seen]
+        groups = [g for g in groups if g not in near]
+        members = [member for g in near for member in g[2]]
+        groups.append((layer, writes_seen.union(*(g[1] for g in near)), [*members, node]))
+    order = {node: at for at, node in enumerate(seen)}
+    return [sorted(members, key=order.__getitem__) for _, _, members in groups]
 
 
-def _replace(
-    work: Work, name: str, region: dict[Node, None], output: Node, keys: Node, values: Node
-) -> None:
+def _replace(work: Work, region: list[Node]) -> None:
+    """Puts one call in the place of a region."""
     graph = work.graph.graph
+    inside = set(region)
     part = Extraction(work.symbols, keys=True)
-    part.add_input(keys, "keys")
-    part.add_input(values, "values")
+    reads = dict.fromkeys(i for node in region for i in node.all_input_nodes if i not in inside)
+    # Cached keys first: the sizes of cached rows and keys are read off the first inputs.
+    for i in sorted(reads, key=lambda i: not is_cached(i)):
+        if not part.is_own_size(i):
+            part.add_input(i)
     query = next((n.args[0] for n in region if n.target is _ATTENTION), None)
-    for node in region:
-        for i in node.all_input_nodes:
-            if i not in region and i not in part.copies and not part.is_own_size(i):
-                part.add_input(i)
+    outputs = [n for n in region if not is_scalar(n) and any(u not in inside for u in n.users)]
+    layer = meta.get(region[0]).layer
+    if not outputs or layer is None:
+        raise PassError(f"cached keys are read by {region}, which leads nowhere")
     part.copy(region)
-    module = part.finish(output)
+    module = part.finish(outputs[0] if len(outputs) == 1 else tuple(outputs))
     _lower_calls(module, work)
-    if isinstance(query, Node):
-        work.queries[int(str(meta.get(keys).layer))] = part.inputs.index(query)
+    if isinstance(query, Node) and query in part.inputs:
+        work.queries[layer] = query
+    name = _free_name(work, f"attention_{layer}")
     work.graph.add_submodule(name, module)
-    with graph.inserting_after(output):
+    with graph.inserting_after(region[-1]):
         call = graph.call_module(name, tuple(part.inputs))
-    call.meta.update({"val": output.meta["val"], meta.KEY: meta.get(output)})
-    output.replace_all_uses_with(call, delete_user_cb=lambda user: user not in region)
+    call.meta["val"] = tuple(n.meta["val"] for n in outputs)
+    meta.update(call, layer=layer)
+    _connect(graph, call, outputs, inside)
     for node in reversed(region):
         graph.erase_node(node)
+
+
+def _free_name(work: Work, name: str) -> str:
+    taken = [n for n in (name, *(f"{name}_{at}" for at in range(1, 99))) if hasattr(work.graph, n)]
+    return f"{name}_{len(taken)}" if taken else name
+
+
+def _connect(graph: fx.Graph, call: Node, outputs: list[Node], inside: set[Node]) -> None:
+    """Makes readers of the region's outputs read the call's."""
+    after = call
+    for at, output in enumerate(outputs):
+        item = call
+        if len(outputs) == 1:
+            call.meta["val"] = output.meta["val"]
+        else:
+            with graph.inserting_after(after):
+                after = item = graph.call_function(operator.getitem, (call, at))
+            item.meta.update({"val": output.meta["val"], meta.KEY: meta.get(output)})
+        output.replace_all_uses_with(item, delete_user_cb=lambda user: user not in inside)
 
 
 def _lower_calls(module: fx.GraphModule, work: Work) -> None:

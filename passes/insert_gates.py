@@ -8,10 +8,10 @@ from torch.fx import Node
 from adept_fx.errors import PassError, UnsupportedModelError
 from adept_fx.graph import meta
 from adept_fx.graph.base import Pass, PassResult, Stage, Work
+from adept_fx.graph.writes import WRITE, written
 
 _GATE = torch.ops.adept_fx.gate.default
 _FREEZE = torch.ops.adept_fx.freeze.default
-_WRITE = torch.ops.adept_fx.cache_write.default
 FEATURES = ("previous", "query", "key", "value")
 
 
@@ -100,15 +100,16 @@ def _features(work: Work, index: int, borders: dict[Any, Node]) -> list[Node]:
     layer = work.exits[index] - 1
     wanted = work.needs[index]
     found: dict[str, Node] = {"previous": borders[layer]}
-    write = next(w for w in work.find(_WRITE) if w.args[3] == layer)
-    found["key"], found["value"] = write.args[0], write.args[1]  # type: ignore[assignment]
-    if "query" in wanted:
-        if layer not in work.queries:
-            raise UnsupportedModelError(
-                f"the gate at exit {work.exits[index]} needs the query of layer {layer}, which "
-                "the model does not pass to a registered attention function",
-                hint="use a gate that does not list 'query' in Gate.needs",
-            )
-        region = getattr(next(iter(write.users)), "users", {})
-        found["query"] = next(iter(region)).args[work.queries[layer]]
+    write = next((w for w in work.find(WRITE) if meta.get(w).layer == layer), None)
+    if write is not None:
+        found["key"], found["value"] = written(write)
+    if layer in work.queries:
+        found["query"] = work.queries[layer]
+    missing = [name for name in FEATURES if name in wanted and name not in found]
+    if missing:
+        raise UnsupportedModelError(
+            f"the gate at exit {work.exits[index]} needs the {missing[0]} of layer {layer}, which "
+            "the model does not pass to a cache or a registered attention function",
+            hint=f"use a gate that does not list {missing[0]!r} in Gate.needs",
+        )
     return [found[name] for name in FEATURES if name in wanted]

@@ -1,14 +1,12 @@
 """Drops what only the capture needed and names the graph's inputs."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
-from adept_fx.errors import PassError, UnsupportedModelError
-from adept_fx.graph import meta
+from adept_fx.errors import PassError
 from adept_fx.graph.base import Pass, PassResult, Stage, Work
 from adept_fx.graph.symbols import expression
 
@@ -40,8 +38,6 @@ class Normalize(Pass):
     other strides.
 
     Guarantees: no assertion nodes, no in-place ops, no dead nodes, one ``inputs_embeds``.
-
-    Refuses when: the decoder uses ``input_ids`` for more than its input embedding.
     """
 
     needs = Stage.CAPTURED
@@ -59,7 +55,6 @@ class Normalize(Pass):
             "sizes": _sizes_of_input(graph, work),
         }
         counts["dead"] = _drop_dead(graph)
-        _refuse_other_inputs(graph)
         return PassResult(modified=any(counts.values()), counts=counts)
 
     def ensures(self, work: Work) -> None:
@@ -140,9 +135,11 @@ def mask_input(index: int, key: str) -> str:
 
 
 def _masks_to_inputs(graph: fx.Graph, work: Work) -> int:
-    marks = graph.find_nodes(op="call_function", target=torch.ops.adept_fx.mask.default)
-    for mark in marks:
-        index: Any = mark.args[2]
+    marks = [(mark, mark.args[2]) for mark in work.find(torch.ops.adept_fx.mask.default)]
+    marks += [(mark, mark.args[1]) for mark in work.find(torch.ops.adept_fx.token_mask.default)]
+    for mark, index in marks:
+        if not isinstance(index, int):
+            raise PassError(f"malformed mask marker {mark.format_node()}")
         _add_input(graph, mask_input(index, work.masks[index].key), mark)
     return len(marks)
 
@@ -173,18 +170,3 @@ def _drop_dead(graph: fx.Graph) -> int:
         if not node.users:
             graph.erase_node(node)
     return before - len(graph.nodes)
-
-
-def _refuse_other_inputs(graph: fx.Graph) -> None:
-    for node in graph.find_nodes(op="placeholder"):
-        if node.name == "input_ids" and meta.get(node).source is None:
-            readers = sorted({_site(user) for user in node.users})
-            raise UnsupportedModelError(
-                f"the decoder reads input_ids besides its input embedding ({', '.join(readers)})",
-                hint="decoders with per-layer or hashed embeddings are not supported yet",
-            )
-
-
-def _site(node: Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    return next(reversed(stack.values()))[0] if stack else node.name

@@ -14,10 +14,10 @@ from adept_fx.graph.merge import merge_projections
 from adept_fx.graph.meta import PROLOGUE
 from adept_fx.graph.projections import cut_unused_columns
 from adept_fx.graph.symbols import is_scalar
+from adept_fx.graph.writes import add_synthesized, is_write, slot, synthesized, writes, written
 
 _GATE = torch.ops.adept_fx.gate.default
 _LAYER_NORM = torch.ops.aten.layer_norm.default
-_WRITE = torch.ops.adept_fx.cache_write.default
 
 
 class SynthesizeKV(Pass):
@@ -31,7 +31,10 @@ class SynthesizeKV(Pass):
     Before: ``cache_write(k, v, slots, 5, [])``.
     After: ``kv_0 = kv_0(h_4, cos, sin)``, ``cache_write(k, v, slots, 5, [kv_0[2], kv_0[3]])``.
 
-    Guarantees: layer ``l`` gets one key and one value from each exit point ``e <= l``.
+    The same holds for index keys of sparse attention, and for the input of modules that keep
+    recurrent state.
+
+    Guarantees: what layer ``l`` writes gets its values from each exit point ``e <= l``.
 
     Refuses when: a layer's keys depend on an earlier layer by more than the residual stream.
     """
@@ -41,62 +44,61 @@ class SynthesizeKV(Pass):
 
     def call(self, work: Work) -> PassResult:
         """Builds one subgraph per exit point."""
-        writes = {write.args[3]: write for write in work.find(_WRITE)}
+        found = writes(work.graph.graph.nodes)
         counts = {"slices": 0, "cut": 0}
         modified = False
         for gate in work.find(_GATE):
             index: Any = gate.args[3]
             if hasattr(work.graph, f"kv_{index}"):
                 continue
-            layers = range(work.exits[index], work.num_layers)
-            counts["cut"] += self._synthesize(work, gate, index, layers, writes)
-            counts["slices"] += len(layers)
+            behind = [w for w in found if (meta.get(w).layer or 0) >= work.exits[index]]
+            counts["cut"] += self._synthesize(work, gate, index, behind)
+            counts["slices"] += len(behind)
             modified = True
         return PassResult(modified, counts)
 
     def ensures(self, work: Work) -> None:
-        """Each write lists two tensors per exit point before it."""
-        for write in work.find(_WRITE):
-            layer: Any = write.args[3]
-            listed: Any = write.args[4]
-            expected = [
-                (f"kv_{index}", 2 * (layer - e) + at)
-                for index, e in enumerate(work.exits)
-                if e <= layer
-                for at in (0, 1)
-            ]
-            if [(item.args[0].target, item.args[1]) for item in listed] != expected:
-                raise PassError(f"cache layer {layer} lacks synthesized keys and values")
+        """Each write lists, per exit point before it, what it is to write."""
+        for write in writes(work.graph.graph.nodes):
+            before = [i for i, e in enumerate(work.exits) if e <= (meta.get(write).layer or 0)]
+            expected = [f"kv_{i}" for i in before for _ in written(write)]
+            if [item.args[0].target for item in synthesized(write)] != expected:  # type: ignore[union-attr]
+                raise PassError(f"{slot(write)} lacks synthesized values")
 
-    def _synthesize(
-        self, work: Work, gate: Node, index: int, layers: range, writes: dict[Any, Node]
-    ) -> int:
+    def _synthesize(self, work: Work, gate: Node, index: int, behind: list[Node]) -> int:
         graph = work.graph.graph
         order = {node: position for position, node in enumerate(graph.nodes)}
         borders = {meta.get(n).border: n for n in graph.nodes if meta.get(n).border is not None}
         part = Extraction(work.symbols, merge=True)
         state = part.add_input(borders[work.exits[index]], "hidden")
         outputs = []
-        for layer in layers:
-            part.copies[borders[layer]] = work.policy.map_state(state, index, layer)
-            outputs += self._slice(part, writes[layer], borders[layer], layer, order)
+        mapped: set[int] = set()
+        for write in behind:
+            layer = meta.get(write).layer or 0
+            if layer not in mapped:
+                part.copies[borders[layer]] = work.policy.map_state(state, index, layer)
+                mapped.add(layer)
+            outputs += self._slice(part, write, borders[layer], layer, order)
         sources = list(part.sources)
         module = part.finish(outputs)
         cut = cut_unused_columns(module, work.symbols)
         merge_projections(module)
         work.graph.add_submodule(f"kv_{index}", module)
-        self._connect(work, gate, index, part.inputs + sources, [writes[i] for i in layers])
+        self._connect(work, gate, index, part.inputs + sources, behind)
         return cut
 
     def _slice(
         self, part: Extraction, write: Node, border: Node, layer: int, order: dict[Node, int]
     ) -> list[Node]:
-        pair = [write.args[0], write.args[1]]
-        if not all(isinstance(node, Node) for node in pair):
-            raise PassError(f"malformed cache write {write.format_node()}")
+        wanted = written(write)
         prologue = _Prologue(border)
-        nodes = needed(pair, prologue, order, part.symbols)  # type: ignore[arg-type]
+        nodes = needed(wanted, prologue, order, part.symbols)
         for node in reversed(nodes):
+            if node.op == "call_module" or is_write(node):
+                raise UnsupportedModelError(
+                    f"{slot(write)} of layer {layer} depends on what the layer attends to",
+                    hint="keys must follow from the residual stream and the positions alone",
+                )
             if meta.get(node).layer not in (layer, None) and not is_scalar(node):
                 raise UnsupportedModelError(
                     f"keys of layer {layer} depend on {node.name} of layer {meta.get(node).layer}",
@@ -107,27 +109,28 @@ class SynthesizeKV(Pass):
                 if i in prologue and i not in part.copies and not part.is_own_size(i):
                     part.add_input(i)
         part.copy(nodes, _split_norm)
-        return pair  # type: ignore[return-value]
+        return wanted
 
     def _connect(
-        self, work: Work, gate: Node, index: int, inputs: list[Node], writes: list[Node]
+        self, work: Work, gate: Node, index: int, inputs: list[Node], behind: list[Node]
     ) -> None:
         """Calls the subgraph at its gate and lists its outputs at the writes."""
         graph = work.graph.graph
         with graph.inserting_after(gate):
             call = graph.call_module(f"kv_{index}", tuple(inputs))
-        values = [value for w in writes for value in (w.args[0], w.args[1])]
-        call.meta["val"] = tuple(v.meta["val"] for v in values)  # type: ignore[union-attr]
+        values = [value for write in behind for value in written(write)]
+        call.meta["val"] = tuple(value.meta["val"] for value in values)
         meta.update(call, layer=meta.get(gate).layer, exit=index)
-        last = call
-        for position, write in enumerate(writes):
-            pair = []
-            for at in (2 * position, 2 * position + 1):
+        last, at = call, 0
+        for write in behind:
+            items = []
+            for _ in written(write):
                 with graph.inserting_after(last):
                     last = graph.call_function(operator.getitem, (call, at))
                 last.meta.update({"val": call.meta["val"][at], meta.KEY: meta.get(call)})
-                pair.append(last)
-            write.update_arg(4, [*write.args[4], *pair])  # type: ignore[misc]
+                items.append(last)
+                at += 1
+            add_synthesized(write, items)
 
 
 def _split_norm(part: Extraction, node: Node) -> Node | None:

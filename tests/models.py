@@ -155,7 +155,7 @@ def tiny(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **extra).eval()
-    _randomize(model, seed)
+    randomize(model, seed)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return _cast(model, dtype)
@@ -173,7 +173,7 @@ def _cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def _randomize(model: PreTrainedModel, seed: int) -> None:
+def randomize(model: PreTrainedModel, seed: int) -> None:
     """Draws every parameter so that each sublayer's output has the size of its input."""
     generator = torch.Generator().manual_seed(1000 + seed)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}

@@ -12,6 +12,7 @@ from adept_fx.graph.symbols import Symbols
 from adept_fx.intercept import MaskCall
 from adept_fx.kv.base import KVPolicy
 from adept_fx.ops.attention import AttentionCall
+from adept_fx.ops.mixer import MixerCall
 
 
 class Stage(IntEnum):
@@ -37,12 +38,13 @@ class Work:
         sources: Where placeholders of the model's tensors find them.
         attentions: Recorded attention calls.
         masks: Recorded mask calls, by the name of the graph input.
+        mixers: Recorded calls of modules with recurrent state.
         exits: Exit points, in layers.
         needs: What each exit's gate asks for (``Gate.needs``).
         policy: Where keys and values of skipped layers come from.
         stage: The stage reached.
         num_layers: Number of layers, once found.
-        queries: Per layer, which argument of its attention region is the query.
+        queries: Per layer, the query that it hands to a registered attention function.
     """
 
     graph: fx.GraphModule
@@ -50,12 +52,13 @@ class Work:
     sources: dict[str, TensorRef]
     attentions: list[AttentionCall]
     masks: list[MaskCall]
+    mixers: list[MixerCall]
     exits: tuple[int, ...]
     needs: tuple[frozenset[str], ...]
     policy: KVPolicy
     stage: Stage = Stage.CAPTURED
     num_layers: int = 0
-    queries: dict[int, int] = field(default_factory=dict)
+    queries: dict[int, Node] = field(default_factory=dict)
 
     def find(self, target: object) -> list[Node]:
         """All calls of ``target``, in order."""

@@ -6,6 +6,7 @@ needs. None owns a parameter.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from adept_fx.capture import TensorRef
 from adept_fx.graph.symbols import TokenAxes
+from adept_fx.ops.mixer import Mixer
 
 
 class Block(nn.Module):
@@ -39,35 +41,65 @@ class Block(nn.Module):
         self._compiled = [torch.compile(self.graph, **options)]
 
 
+@dataclass(frozen=True)
+class Owed:
+    """What a stage must write to the cache even when none of its layers runs.
+
+    Attributes:
+        slot: What is written (see :mod:`adept_fx.graph.writes`).
+        mixer: The module to run, if the slot holds recurrent state.
+        inputs: Its inputs from before the layers, as positions among the stage's inputs.
+    """
+
+    slot: str
+    mixer: "MixerRegion | None" = None
+    inputs: tuple[int, ...] = ()
+
+
 class Stage(Block):
     """The layers between two exit points.
 
-    If no token is live, no layer runs: keys and values synthesized at the exits before go to the
-    cache, and that is all.
+    If no token is live, no layer runs: what was synthesized at the exits before goes to the cache,
+    and that is all.
 
     Args:
         graph: Graph of the layers.
         sources: Their parameters.
         layers: Which layers these are.
         outputs: Number of values that the graph returns.
+        owed: What the layers write to the cache.
     """
 
     def __init__(
-        self, graph: fx.GraphModule, sources: Sequence[TensorRef], layers: range, outputs: int
+        self,
+        graph: fx.GraphModule,
+        sources: Sequence[TensorRef],
+        layers: range,
+        outputs: int,
+        owed: Sequence[Owed] = (),
     ) -> None:
         super().__init__(graph, sources)
         self.layers = layers
         self.outputs = outputs
+        self.owed = list(owed)
 
     def forward(self, tokens: Any, hidden: Tensor, *inputs: Any) -> Any:
         """Returns the state after the stage (and gate features), in the layout of ``tokens``."""
         tokens.count_stage(self.layers)
         if tokens.empty:
-            synthesized = [item for item in inputs if isinstance(item, SynthesizedKV)]
-            for layer in self.layers:
-                tokens.write_skipped(layer, synthesized)
+            self._pay(tokens, inputs)
             return hidden if self.outputs == 1 else (hidden,) * self.outputs
         return super().forward(tokens, hidden, *inputs)
+
+    def _pay(self, tokens: Any, inputs: Sequence[Any]) -> None:
+        if tokens.run.cache is None:
+            return  # nobody will read what these layers would have written
+        synthesized = [item for item in inputs if isinstance(item, SynthesizedKV)]
+        for owed in self.owed:
+            if owed.mixer is None:
+                tokens.write(owed.slot, (), synthesized)
+            else:
+                owed.mixer.update(tokens, synthesized, [inputs[at] for at in owed.inputs])
 
     def extra_repr(self) -> str:
         """Which layers the stage holds."""
@@ -76,25 +108,27 @@ class Stage(Block):
 
 @dataclass(frozen=True)
 class SynthesizedKV:
-    """Keys and values of tokens that left at one exit point.
+    """Keys and values (and the like) of tokens that left at one exit point.
 
     Attributes:
         index: Positions ``b * S + s`` of the tokens, ``[M]``.
-        layers: Per skipped layer, key ``[1, H, M, Dk]`` and value ``[1, H, M, Dv]``.
+        values: Per slot of a skipped layer, what it writes: key ``[1, H, M, Dk]`` and value
+            ``[1, H, M, Dv]``, an index key ``[1, M, D]``, a mixer's input ``[1, M, D]``.
     """
 
     index: Tensor
-    layers: dict[int, tuple[Tensor, Tensor]]
+    values: dict[str, tuple[Tensor, ...]]
 
 
 class Synthesis(Block):
     """Keys and values of all skipped layers at once, from the state at an exit point.
 
     Args:
-        graph: Maps ``hidden [1, M, D]`` and prologue values to a key and a value per layer.
+        graph: Maps ``hidden [1, M, D]`` and prologue values to what each slot is owed.
         sources: The layers' norms and projections.
         layers: The skipped layers.
         axes: Token axes of each input.
+        slots: Number of values of each slot, in the order of the graph's outputs.
     """
 
     def __init__(
@@ -103,22 +137,24 @@ class Synthesis(Block):
         sources: Sequence[TensorRef],
         layers: range,
         axes: Sequence[TokenAxes],
+        slots: dict[str, int],
     ) -> None:
         super().__init__(graph, sources)
         self.layers = layers
         self.axes = list(axes)
+        self.slots = dict(slots)
 
     def forward(self, tokens: Any, *inputs: Tensor) -> SynthesizedKV | None:
-        """Returns the keys and values of the tokens that leave here; None if none needs any."""
+        """Returns what the tokens that leave here owe the cache; None if it is nothing."""
         if tokens.departed is None:
             return None
         leaving = [
             tokens.gather_departed(item, axes) if axes else item
             for item, axes in zip(inputs, self.axes, strict=True)
         ]
-        flat = super().forward(*leaving)
-        pairs = {layer: (flat[2 * i], flat[2 * i + 1]) for i, layer in enumerate(self.layers)}
-        return SynthesizedKV(tokens.departed, pairs)
+        flat = iter(super().forward(*leaving))
+        values = {slot: tuple(islice(flat, count)) for slot, count in self.slots.items()}
+        return SynthesizedKV(tokens.departed, values)
 
     def extra_repr(self) -> str:
         """Which layers the block fills."""
@@ -129,14 +165,15 @@ class AttentionRegion(nn.Module):
     """A layer's attention, from the cache to its output.
 
     In the compacted layout, queries are padded per row, rows without a live token are dropped,
-    and the output is packed again.
+    and the outputs are packed again.
 
     Args:
-        graph: Graph over keys, values and the other inputs.
-        kinds: Per other input: ``"live"`` (in the stage's layout), ``"call"`` (in the layout of
-            the call: masks, position biases) or ``"plain"`` (no token axes).
-        axes: Token axes of the other inputs.
-        output: Token axes of the output.
+        graph: The region's graph.
+        kinds: Per input: ``"cached"`` (all keys or values of a cache layer, ``[R, H, T, D]``),
+            ``"live"`` (in the stage's layout), ``"call"`` (in the layout of the call: masks,
+            position biases) or ``"plain"`` (no token axes).
+        axes: Token axes of the inputs.
+        output: Token axes of the outputs.
     """
 
     def __init__(
@@ -144,22 +181,68 @@ class AttentionRegion(nn.Module):
         graph: fx.GraphModule,
         kinds: Sequence[str],
         axes: Sequence[TokenAxes],
-        output: TokenAxes,
+        output: Sequence[TokenAxes],
     ) -> None:
         super().__init__()
         self.graph = graph
         self.kinds = list(kinds)
         self.axes = list(axes)
-        self.output = output
+        self.output = list(output)
 
-    def forward(self, tokens: Any, keys: Tensor, values: Tensor, *inputs: Tensor | None) -> Any:
-        """Attends; ``keys`` and ``values`` are the cache's, ``[R, H, T, D]``."""
+    def forward(self, tokens: Any, *inputs: Tensor | None) -> Any:
+        """Attends; the first input is cached."""
         if tokens.index is None:
-            return self.graph(keys, values, *inputs)
+            return self.graph(*inputs)
         rows = tokens.rows
         padded = [
-            tokens.to_rows(item, kind, axes, keys)
+            tokens.to_rows(item, kind, axes, inputs[0])
             for item, kind, axes in zip(inputs, self.kinds, self.axes, strict=True)
         ]
-        output = self.graph(rows.select(keys), rows.select(values), *padded)
-        return rows.pack(output, self.output)
+        output = self.graph(*padded)
+        if len(self.output) == 1:
+            return rows.pack(output, self.output[0])
+        return tuple(rows.pack(item, axes) for item, axes in zip(output, self.output, strict=True))
+
+
+class MixerRegion(nn.Module):
+    """A module with recurrent state, on all tokens of the call in their order.
+
+    Args:
+        mixer: The module's recorded call.
+        slot: The name of its state.
+        streams: Per input of the call, whether it comes token by token from the layers (the
+            others were computed before them).
+    """
+
+    def __init__(self, mixer: Mixer, slot: str, streams: Sequence[bool]) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self.slot = slot
+        self.streams = tuple(streams)
+
+    def forward(
+        self, tokens: Any, synthesized: Sequence[SynthesizedKV | None], *inputs: Tensor | None
+    ) -> Tensor:
+        """Returns the output in the layout of ``tokens``; stream inputs come first."""
+        count = sum(self.streams)
+        if tokens.index is None:
+            return self._run(tokens, inputs[:count], inputs[count:])
+        whole = tokens.assemble(self.slot, inputs[:count], synthesized)
+        return tokens.pick(self._run(tokens, whole, inputs[count:]))
+
+    def update(
+        self,
+        tokens: Any,
+        synthesized: Sequence[SynthesizedKV | None],
+        others: Sequence[Tensor | None],
+    ) -> None:
+        """Updates the state where no token runs the layer."""
+        self._run(tokens, tokens.assemble(self.slot, (), synthesized), others)
+
+    def _run(
+        self, tokens: Any, streams: Sequence[Tensor | None], others: Sequence[Tensor | None]
+    ) -> Tensor:
+        first, second = iter(streams), iter(others)
+        ordered = [next(first) if stream else next(second) for stream in self.streams]
+        output: Tensor = self.mixer(tokens.run.cache, ordered)
+        return output

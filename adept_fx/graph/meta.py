@@ -19,12 +19,15 @@ class NodeMeta:
             number of layers after the last; None for what depends on parameters only.
         border: ``l`` if the value is the residual state after ``l`` layers (input of layer ``l``).
         exit: Index of the exit point that the node belongs to.
+        opaque: Class of a parameter that only its own class can compute with, such as a quantized
+            one; None for plain tensors.
     """
 
     source: str | None = None
     layer: int | None = None
     border: int | None = None
     exit: int | None = None
+    opaque: str | None = None
 
 
 def get(node: Node) -> NodeMeta:

@@ -9,8 +9,7 @@ from adept_fx.errors import PassError
 from adept_fx.graph import meta
 from adept_fx.graph.base import Stage, Work
 from adept_fx.graph.symbols import is_hidden
-
-_WRITE = torch.ops.adept_fx.cache_write.default
+from adept_fx.graph.writes import writes
 
 
 def verify(work: Work) -> None:
@@ -32,7 +31,7 @@ def _captured(work: Work) -> None:
     outputs = graph.output_node().all_input_nodes
     if len(outputs) != 1 or not is_hidden(outputs[0], work.symbols):
         raise PassError(f"the decoder must return one [batch, tokens, hidden], not {outputs}")
-    if not work.find(_WRITE):
+    if not writes(graph.nodes):
         raise PassError("the decoder writes no cache")
     for node in graph.nodes:
         unnamed = node.op == "placeholder" and node.meta.get("val") is None
@@ -56,12 +55,6 @@ def _layered(work: Work) -> None:
     for node in borders[1:]:
         if not is_hidden(node, work.symbols):
             raise PassError(f"layer border {node.name} is no [batch, tokens, hidden]")
-
-
-def _folded(work: Work) -> None:
-    regions = [n for n in work.graph.graph.nodes if str(n.target).startswith("attention_")]
-    if len([n for n in regions if n.op == "call_module"]) != len(work.find(_WRITE)):
-        raise PassError("not every cache write has its attention region")
 
 
 def _gated(work: Work) -> None:
@@ -94,7 +87,6 @@ _CHECKS: dict[Stage, Callable[[Work], None]] = {
     Stage.CAPTURED: _captured,
     Stage.NORMALIZED: _normalized,
     Stage.LAYERED: _layered,
-    Stage.FOLDED: _folded,
     Stage.GATED: _gated,
     Stage.SYNTHESIZED: _synthesized,
 }

@@ -5,6 +5,28 @@ cache, the masks, the attention kernel, the gates. They have shapes but no kerne
 pass replaces every one of them before a graph may run.
 """
 
-from adept_fx.ops import attention, cache_write, embed, freeze, gate, mask, project, tokens
+from adept_fx.ops import (
+    attention,
+    cache_write,
+    embed,
+    freeze,
+    gate,
+    index_write,
+    mask,
+    mixer,
+    project,
+    tokens,
+)
 
-__all__ = ["attention", "cache_write", "embed", "freeze", "gate", "mask", "project", "tokens"]
+__all__ = [
+    "attention",
+    "cache_write",
+    "embed",
+    "freeze",
+    "gate",
+    "index_write",
+    "mask",
+    "mixer",
+    "project",
+    "tokens",
+]

@@ -46,8 +46,30 @@ def freeze_tokens(tokens: Any, new: Tensor, frozen: Tensor) -> Tensor:
 
 
 def write_cache(
-    tokens: Any, key: Tensor, value: Tensor, layer: int, synthesized: Sequence[Any]
+    tokens: Any,
+    key: Tensor,
+    value: Tensor,
+    slot: str,
+    synthesized: Sequence[Any],
+    shared: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Writes live and synthesized keys and values of one layer; returns what it attends to."""
-    result: tuple[Tensor, Tensor] = tokens.write(layer, key, value, synthesized)
+    """Writes live and synthesized keys and values of one layer; returns what it attends to.
+
+    With ``shared``, a later stage reads the same keys again (:func:`read_cache`).
+    """
+    result: tuple[Tensor, Tensor] = tokens.write(slot, (key, value), synthesized, shared)
+    return result
+
+
+def write_index(
+    tokens: Any, key: Tensor, slot: str, synthesized: Sequence[Any], shared: bool = False
+) -> Tensor:
+    """Writes live and synthesized index keys of one layer; returns all that it has."""
+    (result,) = tokens.write(slot, (key,), synthesized, shared)
+    return result
+
+
+def read_cache(tokens: Any, slot: str, at: int) -> Tensor:
+    """What an earlier stage of this forward got back when it wrote that slot."""
+    result: Tensor = tokens.run.kept[slot][at]
     return result

@@ -4,6 +4,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -31,9 +32,11 @@ class Call:
     """A decoder call, with transformers' defaults filled in."""
 
     embeds: Tensor
+    ids: Tensor | None
     attention_mask: Any
     position_ids: Tensor | None
     cache: Any
+    wants_cache: bool  # the caller passed a cache, or asked for one
     return_dict: bool
 
 
@@ -69,17 +72,31 @@ def read_call(
     embeds = _embeds(decoder, given)
     cache = given.get("past_key_values")
     use_cache = given.get("use_cache")
+    wants_cache = cache is not None or bool(use_cache)
     if (config.use_cache if use_cache is None else use_cache) and cache is None:
         cache = DynamicCache(config=config)
     return_dict = given.get("return_dict")
     default = getattr(config, "return_dict", True)
     return Call(
         embeds=embeds,
+        ids=given.get("input_ids"),
         attention_mask=given.get("attention_mask"),
         position_ids=_positions(given.get("position_ids"), embeds),
         cache=cache,
+        wants_cache=wants_cache,
         return_dict=bool(default if return_dict is None else return_dict),
     )
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What ``torch.autocast`` computes in on that device; None where it is off.
+
+    It puts its casts into a graph when the graph is captured, so each has a graph of its own.
+    """
+    if not torch.amp.is_autocast_available(device.type):
+        return None
+    on = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None
 
 
 def _refuse_outputs(config: Any, given: dict[str, Any]) -> None:

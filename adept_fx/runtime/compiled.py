@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from adept_fx.capture import TensorRef
+from adept_fx.graph import meta
 from adept_fx.graph.blocks import Block, Synthesis
+from adept_fx.graph.kv_projections import without_numbers
 from adept_fx.ops.project import project_layers, project_stacked
 from adept_fx.pipeline import Program
 
@@ -80,7 +82,10 @@ def _stack(block: Synthesis, stacks: Stacks) -> None:
         last = graph.find_nodes(op="placeholder")[-1]
         with graph.inserting_after(last):
             stack: Node = graph.placeholder(f"stack_{len(refs)}")
-        refs[stack] = TensorRef(stack.name, {"stack": buffer}, "stack")
+        name = without_numbers(refs[weights[0]].name)
+        refs[stack] = TensorRef(name, {"stack": buffer}, "stack")
+        stack.meta["val"] = torch.empty_like(buffer, device="meta")
+        meta.update(stack, source=name)
         call.target = project_stacked
         call.args = (call.args[0], stack, call.args[2])
         for weight in weights:

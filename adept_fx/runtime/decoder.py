@@ -10,17 +10,32 @@ from torch import Tensor, nn
 
 from adept_fx.capture import accepts, capture
 from adept_fx.errors import InputError, StaleGraphError
+from adept_fx.intercept.masks import RECURRENT
 from adept_fx.kv.base import build_policy
 from adept_fx.pipeline import Program, build, start
-from adept_fx.runtime.call import Call, read_call
+from adept_fx.runtime.call import Call, autocast_dtype, read_call
 from adept_fx.runtime.compiled import Stacks, compile_program
-from adept_fx.runtime.fingerprint import Fingerprint, agree, choices, refuse_hooks
-from adept_fx.runtime.masks import build_mask, past_length, real_tokens
-from adept_fx.runtime.run import Run
+from adept_fx.runtime.fingerprint import (
+    Fingerprint,
+    agree,
+    choices,
+    refuse_hooks,
+    refuse_several_devices,
+)
+from adept_fx.runtime.inputs import program_inputs
+from adept_fx.runtime.masks import fits_rows, real_tokens
+from adept_fx.runtime.pooling import Pooling
+from adept_fx.runtime.run import Run, Settings
 from adept_fx.shell import plain_shell
 
 if TYPE_CHECKING:
     from adept_fx.runtime.handle import Adept
+
+
+# What a graph is captured for: whether the caller passes `position_ids`, what autocast computes in.
+_Form = tuple[bool, torch.dtype | None]
+
+_KEPT = 4  # programs per form of call, for models that switch modes or adapters back and forth
 
 
 class ExitAwareForward:
@@ -31,13 +46,17 @@ class ExitAwareForward:
     Args:
         adept: The model's handle.
         decoder: The decoder shell whose ``forward`` this is.
+
+    Attributes:
+        pooling: What tells the tokens that a call's result depends on; None if all count.
     """
 
     def __init__(self, adept: "Adept", decoder: nn.Module) -> None:
         self.adept = adept
         self.decoder = decoder
+        self.pooling: Pooling | None = None
         self._lock = threading.RLock()
-        self._programs: dict[bool, tuple[Program, Fingerprint]] = {}
+        self._programs: dict[_Form, list[tuple[Program, Fingerprint]]] = {}
         self._options: dict[str, Any] | None = None
         self._stacks = Stacks()
         self._layers = getattr(decoder.config, "num_hidden_layers", None)
@@ -54,41 +73,69 @@ class ExitAwareForward:
         shape = (call.embeds.shape[0], call.embeds.shape[1])
         real = real_tokens(call.attention_mask, shape, call.cache)
         settings = self.adept.settings(program, shape[1])
-        inputs = self._inputs(program, call)
-        masks = [
-            item for name, item in zip(program.inputs, inputs, strict=True) if name in program.masks
-        ]
-        packable = all(m is None or (isinstance(m, Tensor) and m.ndim == 4) for m in masks)
-        run = Run(settings, shape, real, call.cache, call.embeds.device, packable)
+        pooled = self._pooled(call, settings)
+        # The masks follow the cache that the original makes, even where nobody will read it.
+        cache = call.cache if pooled is None else None
+        inputs = program_inputs(program, call)
+        packable = all(
+            fits_rows(program.masks[name], item, shape[1])
+            for name, item in zip(program.inputs, inputs, strict=True)
+            if name in program.masks and program.masks[name].function is not RECURRENT
+        )
+        run = Run(settings, shape, real, cache, call.embeds.device, packable, pooled)
         hidden = program.graph(run, *inputs)
         self.adept.record(run)
-        output = program.output_type(last_hidden_state=hidden, past_key_values=call.cache)
+        output = program.output_type(last_hidden_state=hidden, past_key_values=cache)
         return output if call.return_dict else output.to_tuple()
 
+    def _pooled(self, call: Call, settings: Settings) -> Tensor | None:
+        """Tokens whose exit ends their row, ``[B, S]``; None if rows run as long as any does."""
+        if self.pooling is None or call.wants_cache or not settings.may_exit:
+            return None
+        return self.pooling.pooled_tokens(call.embeds)
+
     def program(self, *, positions: bool) -> Program:
-        """The program for calls with or without ``position_ids``; captured again after changes.
+        """The program for calls with or without ``position_ids``, under the present autocast.
+
+        Captured again after changes.
 
         Raises:
             AdeptError: The decoder cannot be captured or rewritten.
         """
         self._check_layers()
-        found = self._programs.get(positions)
-        if found is not None and found[1].matches():
-            return found[0]
-        if found is not None and self._options is not None:
+        weight = self.decoder.get_input_embeddings().weight  # type: ignore[operator]
+        form = positions, autocast_dtype(weight.device)
+        found = self._matching(form)
+        if found is not None:
+            return found
+        if self._programs.get(form) and self._options is not None:
             raise StaleGraphError(
                 "the model changed (a module, a tensor's dtype or device, its mode, a hook or a "
                 "setting) after adept.compile()",
                 hint="undo the change, or adept.uncompile() and compile() again",
             )
         with self._lock:
-            found = self._programs.get(positions)
-            if found is None or not found[1].matches():
-                found = self._capture(positions)
+            found = self._matching(form)
+            if found is None:
+                found, seen = self._capture(positions)
                 if self._options is not None:
-                    compile_program(found[0], self._stacks, self._options)
-                self._programs[positions] = found
-            return found[0]
+                    compile_program(found, self._stacks, self._options)
+                # A mode or an adapter that is switched back finds its program again; one that
+                # looks into replaced modules would keep their memory, and goes.
+                old = [item for item in self._programs.get(form, []) if item[1].alive()]
+                self._programs[form] = [(found, seen), *old[: _KEPT - 1]]
+            return found
+
+    def _matching(self, form: _Form) -> Program | None:
+        """The program of the model as it is now, if it was captured."""
+        kept = self._programs.get(form, [])
+        for at, (program, seen) in enumerate(kept):
+            if seen.matches():
+                if at:
+                    with self._lock:
+                        self._programs[form] = [kept[at], *kept[:at], *kept[at + 1 :]]
+                return program
+        return None
 
     def _check_layers(self) -> None:
         """Raises if something cut the config's layers down, as ``assistant_early_exit`` does."""
@@ -102,6 +149,7 @@ class ExitAwareForward:
 
     def _capture(self, positions: bool) -> tuple[Program, Fingerprint]:
         refuse_hooks(self.decoder)
+        refuse_several_devices(self.decoder)
         self._choices = agree(self.decoder, self._choices)
         seen = Fingerprint.of(self.decoder, skip=self.adept)
         captured = capture(plain_shell(self.decoder), positions=positions)
@@ -114,10 +162,14 @@ class ExitAwareForward:
         """Captures the form that ``generate`` calls."""
         return self.program(positions=self._takes_positions)
 
+    def captured(self) -> Program | None:
+        """The program in use, if there is one."""
+        found = [programs[0][0] for programs in self._programs.values()]
+        return found[0] if found else None
+
     def current(self) -> Program:
-        """The program captured last, or the form that ``generate`` calls."""
-        found = list(self._programs.values())
-        return found[0][0] if found else self.prepare()
+        """The program in use, or the form that ``generate`` calls."""
+        return self.captured() or self.prepare()
 
     def forget(self) -> None:
         """Makes the next call capture again."""
@@ -138,42 +190,13 @@ class ExitAwareForward:
             self._options = None
             self.forget()
 
-    def _inputs(self, program: Program, call: Call) -> list[Any]:
-        supplied: dict[str, Any] = {
-            "inputs_embeds": call.embeds,
-            "position_ids": call.position_ids,
-        }
-        for name, mask in program.masks.items():
-            supplied[name] = build_mask(
-                mask, call.attention_mask, call.embeds, call.cache, call.position_ids
-            )
-        if "attention_mask" in program.inputs:
-            supplied["attention_mask"] = self._mask_2d(call)
-        if "past" in program.inputs:
-            # Only its length is read.
-            supplied["past"] = torch.empty(past_length(call.cache), device="meta")
-        return [supplied[name] for name in program.inputs]
-
-    def _mask_2d(self, call: Call) -> Tensor:
-        mask = call.attention_mask
-        if mask is None:
-            length = past_length(call.cache) + call.embeds.shape[1]
-            return torch.ones(
-                call.embeds.shape[0], length, dtype=torch.long, device=call.embeds.device
-            )
-        if not isinstance(mask, Tensor) or mask.ndim != 2:
-            raise InputError(
-                "this decoder computes with the 2-D attention_mask; it was given another kind",
-                hint="pass a 2-D mask, e.g. generate without a static cache",
-            )
-        return mask.to(device=call.embeds.device, dtype=torch.long)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> "ExitAwareForward":
         """A copy captures its own graphs, and is not compiled: those look into other modules."""
         copied = object.__new__(type(self))
         memo[id(self)] = copied
         copied.adept = deepcopy(self.adept, memo)
         copied.decoder = deepcopy(self.decoder, memo)
+        copied.pooling = deepcopy(self.pooling, memo)
         copied._lock = threading.RLock()
         copied._programs = {}
         copied._options = None

@@ -5,6 +5,7 @@ compared, by identity, before each call: modules, tensors' dtype and device, tra
 and the settings that change what a module computes.
 """
 
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,13 @@ from torch import nn
 from adept_fx.errors import UnsupportedModelError
 
 # Attributes by which modules of transformers and PEFT choose what they compute.
-_SETTINGS = ("_disable_adapters", "_active_adapter", "merged_adapters", "gradient_checkpointing")
+_SETTINGS = (
+    *("_disable_adapters", "_active_adapter", "merged_adapters", "cast_input_dtype_enabled"),
+    "gradient_checkpointing",
+)
+# PEFT's layers list further ones, such as the scale of an adapter, in this attribute.
+_LISTED = "other_param_names"
+_PLAIN = (bool, int, float, str, type(None))
 _CHOICES = ("_attn_implementation", "_experts_implementation")
 _CONFIG_SETTINGS = (*_CHOICES, "is_causal")
 _RECORDERS = ("transformers.utils.output_capturing", "transformers.utils.generic")
@@ -63,18 +70,27 @@ class Fingerprint:
         ]
         self.settings.append((module, "training", module.training))
         self.settings.append((module, "__class__", type(module)))
-        for name in _SETTINGS:
+        for name in (*_SETTINGS, *getattr(module, _LISTED, ())):
             if hasattr(module, name):
                 value = getattr(module, name)
-                self.settings.append(
-                    (module, name, list(value) if isinstance(value, list) else value)
-                )
+                if isinstance(value, _PLAIN):
+                    self.settings.append((module, name, value))
+                elif isinstance(value, (list, dict)) and _is_plain(value):
+                    self.settings.append((module, name, copy(value)))
         if not is_root:
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
                 self.sizes.append((hooks, len(hooks)))
+            # A forward of the instance's own, as accelerate's hooks and patches put there.
+            self.entries.append((vars(module), "forward", vars(module).get("forward")))
 
     def matches(self) -> bool:
         """Whether the model is still as it was."""
+        return self.alive() and all(
+            getattr(holder, name, None) == value for holder, name, value in self.settings
+        )
+
+    def alive(self) -> bool:
+        """Whether modules and tensors are still those that were seen, in whatever setting."""
         # Plain loops: this runs before every call, and generators would take twice as long.
         for table, key, item in self.entries:
             if table.get(key) is not item:
@@ -85,7 +101,13 @@ class Fingerprint:
         for tensor, dtype, device in self.tensors:
             if tensor.dtype is not dtype or tensor.device != device:
                 return False
-        return all(getattr(holder, name, None) == value for holder, name, value in self.settings)
+        return True
+
+
+def _is_plain(value: list[Any] | dict[Any, Any]) -> bool:
+    """Whether a container holds nothing but numbers, texts and the like: it can be compared."""
+    items = value.values() if isinstance(value, dict) else value
+    return all(isinstance(item, _PLAIN) for item in items)
 
 
 def choices(decoder: nn.Module) -> dict[str, Any]:
@@ -124,6 +146,7 @@ def refuse_hooks(decoder: nn.Module) -> None:
         UnsupportedModelError: Names the module and the hook. Hooks of transformers' own output
             recorders are no obstacle: they are inactive unless outputs are recorded.
     """
+    refuse_offloading(decoder)
     for name, module in decoder.named_modules():
         if module is decoder:
             continue
@@ -134,3 +157,32 @@ def refuse_hooks(decoder: nn.Module) -> None:
                     f"module {name} has the forward hook {label}, which a graph does not run",
                     hint="remove the hook, or hook the whole decoder or model instead",
                 )
+
+
+def refuse_offloading(model: nn.Module) -> None:
+    """Raises if accelerate moves the model's tensors, or its inputs, from call to call.
+
+    Raises:
+        UnsupportedModelError: Names the first module that has one of accelerate's hooks.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "_hf_hook"):
+            raise UnsupportedModelError(
+                f"module {name or 'model'} has an accelerate hook (offloading or several devices)",
+                hint="load the model on one device, without device_map",
+            )
+
+
+def refuse_several_devices(decoder: nn.Module) -> None:
+    """Raises if the decoder's parameters are not all on one device.
+
+    Raises:
+        UnsupportedModelError: Names two parameters and where they are.
+    """
+    places = {parameter.device: name for name, parameter in decoder.named_parameters()}
+    if len(places) > 1:
+        found = ", ".join(f"{name} on {device}" for device, name in places.items())
+        raise UnsupportedModelError(
+            f"{type(decoder).__name__} is spread over several devices ({found})",
+            hint="move the whole model to one device: model.to(device)",
+        )

@@ -12,6 +12,7 @@ from adept_fx.config import ExitConfig
 from adept_fx.errors import ConfigError, InputError, UnsupportedModelError
 from adept_fx.gates.base import Gate
 from adept_fx.gates.registry import build_gates
+from adept_fx.graph.kv_projections import KVProjection
 from adept_fx.graph.runner import PassRecord
 from adept_fx.model_facts import hidden_size
 from adept_fx.pipeline import Program
@@ -79,6 +80,11 @@ class Adept(nn.Module):
     def records(self) -> tuple[PassRecord, ...]:
         """What each pass did and how long it took."""
         return self._program().records
+
+    @property
+    def kv_projections(self) -> tuple[KVProjection, ...]:
+        """How keys and values of skipped layers are projected: see ``KVProjection.form``."""
+        return self._program().kv_projections
 
     @property
     def thresholds(self) -> tuple[float, ...]:
@@ -204,11 +210,14 @@ class Adept(nn.Module):
         raise UnsupportedModelError("ee.adept is a handle; call the model itself")
 
     def extra_repr(self) -> str:
-        """Exits, thresholds and plan."""
-        return (
+        """Exits, thresholds and plan; how the keys and values of skipped layers are projected."""
+        settings = (
             f"exits={self.config.exits}, thresholds={self.thresholds}, plan={self.plan!r}, "
             f"kv={self.config.kv!r}"
         )
+        program = self._forward.captured() if self._links else None
+        projections = program.kv_projections if program else ()
+        return "\n".join([settings, *(f"kv {item}" for item in projections)])
 
 
 def _fill_missing(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

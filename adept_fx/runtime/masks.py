@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 
 from adept_fx.errors import InputError
 from adept_fx.intercept import FULL, MaskCall
@@ -33,6 +34,26 @@ def build_mask(
     chosen = {name: value for name, value in supplied.items() if name in keep}
     built: Tensor | None = call.function(**call.keywords, **chosen)
     return built
+
+
+def fits_rows(call: MaskCall, mask: Any, tokens: int) -> bool:
+    """Whether attention can be given some tokens of each row, each with its own part of the mask.
+
+    Kernels that read one number per key, or blocks, cannot. None says that each query sees what
+    its place in the row allows: known for sure of one new token per row, and of the kernels that
+    would have taken a 4-D mask otherwise.
+
+    Args:
+        call: How the mask was built.
+        mask: The mask, as the kernel takes it.
+        tokens: New tokens per row.
+    """
+    if mask is not None:
+        return isinstance(mask, Tensor) and mask.ndim == 4
+    kernel = call.keywords["config"]._attn_implementation
+    known = kernel in ALL_MASK_ATTENTION_FUNCTIONS
+    built = ALL_MASK_ATTENTION_FUNCTIONS[kernel] if known else None
+    return tokens == 1 or built in (sdpa_mask, eager_mask)
 
 
 def past_length(cache: Any) -> int:

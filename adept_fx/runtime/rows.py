@@ -35,6 +35,20 @@ def take(value: Tensor, axes: TokenAxes, index: Tensor, tokens: int | None) -> T
     return _merge_batch(packed.unsqueeze(0).movedim((0, 1), (batch, token)), axes)
 
 
+def share_row(positions: Tensor, others: Tensor, batch: int, tokens: int) -> Tensor:
+    """Which positions ``b * S + s`` are in a row with one of ``others``, ``[N]`` bool.
+
+    Args:
+        positions: What is asked about, ``[N]``.
+        others: Positions, ``[M]``.
+        batch: ``B``.
+        tokens: ``S``.
+    """
+    rows = torch.zeros(batch, dtype=torch.bool, device=positions.device)
+    rows[torch.div(others, tokens, rounding_mode="floor")] = True
+    return rows[torch.div(positions, tokens, rounding_mode="floor")]
+
+
 class Rows:
     """The rows behind a packed layout.
 
@@ -85,7 +99,8 @@ class Rows:
         """From the layout of the call ``[B, S]`` to ``[R, W]``: masks, position biases."""
         batch, token, _, _ = axes
         if batch is None:
-            raise ValueError(f"value with token axes {axes} cannot be laid out in rows")
+            # One value for all rows: ``[1, ..., S, ...]``.
+            batch, axes = 0, TokenAxes(0, token)
         split = _split_batch(value, axes)
         if split.shape[batch] != self.batch:
             split = split.expand(*[self.batch if i == batch else -1 for i in range(split.ndim)])

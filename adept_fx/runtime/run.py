@@ -14,7 +14,7 @@ from torch import Tensor
 from adept_fx.gates.base import Gate, GateInputs
 from adept_fx.graph.symbols import TokenAxes
 from adept_fx.runtime.plan import profitable
-from adept_fx.runtime.rows import take
+from adept_fx.runtime.rows import share_row, take
 from adept_fx.runtime.scores import check_scores
 from adept_fx.runtime.tokens import Tokens
 
@@ -43,6 +43,11 @@ class Settings:
     num_layers: int
     logits: Callable[[Tensor], Tensor]
 
+    @property
+    def may_exit(self) -> bool:
+        """Whether any token may leave."""
+        return bool(self.gates) and any(threshold < 1.0 for threshold in self.thresholds)
+
 
 class Run:
     """The state of one forward.
@@ -55,6 +60,8 @@ class Run:
         device: Where the tokens live.
         packable: Whether every mask of the call can be laid out row by row: masks of kernels
             other than SDPA's and the model's own (2-D masks, block masks) cannot.
+        pooled: Tokens that the call's result depends on, ``[B, S]``: a row is done once they have
+            left. None if every token counts.
     """
 
     def __init__(
@@ -65,6 +72,7 @@ class Run:
         cache: Any,
         device: torch.device,
         packable: bool = True,
+        pooled: Tensor | None = None,
     ) -> None:
         self.settings = settings
         self.batch, self.tokens = shape
@@ -78,7 +86,13 @@ class Run:
         self.seen = [0] * len(settings.exits)
         self.exited = [0] * len(settings.exits)
         self.executed = 0
+        self.kept: dict[str, tuple[Tensor, ...]] = {}
         self._departed: list[Tensor] = []
+        self._pooled = None
+        if pooled is not None:
+            counts = pooled if real is None else pooled & real
+            # Padding never leaves: a row that pools nothing else is never done.
+            self._pooled = counts | ~counts.any(1, keepdim=True)
 
     @cached_property
     def real_count(self) -> int:
@@ -89,12 +103,15 @@ class Run:
         """All tokens, in the layout of the call."""
         return Tokens(self)
 
-    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, slot: str, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Writes a layer's new keys and values; returns all that it may attend to."""
         if self.cache is None:
-            return key, value
-        keys, values = self.cache.update(key, value, layer)
-        return keys, values
+            return values
+        kind, _, layer = slot.rpartition("_")
+        if kind == "indexer":
+            return (self.cache.update_indexer(values[0], int(layer)),)
+        keys, entries = self.cache.update(*values, int(layer))
+        return keys, entries
 
     def decide(
         self, tokens: Tokens, exit_index: int, hidden: Tensor, features: Sequence[Tensor]
@@ -109,14 +126,27 @@ class Run:
         leaving = 0 if leave is None else int(leave.sum())
         self.seen[exit_index] += count
         self.exited[exit_index] += leaving
+        stay = None
         if leaving and leave is not None:
             everything = torch.arange(total, device=hidden.device) if live is None else live
-            gone, live = everything[leave], everything[~leave]
-            self.depth.view(-1)[gone] = self.settings.exits[exit_index]
-            self._departed.append(gone)
+            stay = self._going_on(everything, ~leave)
+            self.depth.view(-1)[everything[~stay]] = self.settings.exits[exit_index]
+            self._departed.append(everything[leave])
+            live = everything[stay]
+            count = live.numel()
         if tokens.index is not None:
-            return self._narrow(tokens, leave if leaving else None)
-        return self._from_dense(tokens, live, count - leaving)
+            return self._narrow(tokens, leave, stay)
+        return self._from_dense(tokens, live, count)
+
+    def _going_on(self, live: Tensor, stay: Tensor) -> Tensor:
+        """Without the tokens of rows that are done, ``[N]`` bool."""
+        if self._pooled is None:
+            return stay
+        waiting = live[stay & self._pooled.flatten()[live]]
+        return stay & self._share_row(live, waiting)
+
+    def _share_row(self, positions: Tensor, others: Tensor) -> Tensor:
+        return share_row(positions, others, self.batch, self.tokens)
 
     def _live(self, tokens: Tokens) -> Tensor | None:
         """Positions of live tokens; None if they are all tokens of the call."""
@@ -179,18 +209,21 @@ class Run:
             **found,
         )
 
-    def _narrow(self, tokens: Tokens, leave: Tensor | None) -> Tokens:
+    def _narrow(self, tokens: Tokens, leave: Tensor | None, stay: Tensor | None) -> Tokens:
         """A packed layout stays packed."""
-        if leave is None or tokens.index is None:
+        if leave is None or stay is None or tokens.index is None:
             return Tokens(self, index=tokens.index, before=tokens)
-        stay, go = (~leave).nonzero().squeeze(1), leave.nonzero().squeeze(1)
+        kept, gone = stay.nonzero().squeeze(1), leave.nonzero().squeeze(1)
+        index = tokens.index[kept]
+        if self.cache is None:
+            gone = gone[self._share_row(tokens.index[gone], index)]  # nobody else reads their keys
         return Tokens(
             self,
-            index=tokens.index[stay],
+            index=index,
             before=tokens,
-            select=stay,
-            departed=tokens.index[go],
-            departed_select=go,
+            select=kept,
+            departed=tokens.index[gone] if gone.numel() else None,
+            departed_select=gone,
         )
 
     def _from_dense(self, tokens: Tokens, live: Tensor | None, count: int) -> Tokens:
@@ -204,7 +237,11 @@ class Run:
         device = self.depth.device
         index = torch.arange(total, device=device) if live is None else live
         departed = torch.cat(self._departed).sort().values if self._departed else None
-        if departed is None and not count:
+        if self.cache is None:
+            if departed is not None:
+                departed = departed[self._share_row(departed, index)]
+                departed = departed if departed.numel() else None
+        elif departed is None and not count:
             # Nothing but padding: one pad gives the cache entries of this call their shape.
             departed = torch.zeros(1, dtype=torch.long, device=device)
         return Tokens(

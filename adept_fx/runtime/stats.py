@@ -13,7 +13,8 @@ class Stats:
     Attributes:
         exits: The exit points, in layers.
         seen: Per phase, real tokens that each exit's gate scored.
-        exited: Per phase, tokens that left there.
+        exited: Per phase, tokens that left there: that their gate let go. Those that stop with
+            their row, at a classification head, are in neither count from then on.
         executed: Per phase, token-layers that were computed. The masked-dense plan computes every
             layer for every token, so that this is what ran, not what the exits would allow.
         needed: Per phase, token-layers that the exits ask for: the sum of all tokens' depths.

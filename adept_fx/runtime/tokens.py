@@ -90,45 +90,71 @@ class Tokens:
         return torch.where(self.active.unsqueeze(-1), new, frozen)
 
     def write(
-        self, layer: int, key: Tensor, value: Tensor, synthesized: Sequence[SynthesizedKV | None]
-    ) -> tuple[Tensor, Tensor]:
-        """Writes a layer's keys and values, ``[B, H, S, D]`` once assembled, to the cache."""
-        if self.index is None:
-            return self.run.update(layer, key, value)
-        return self._write(layer, [(self.index, key, value)], synthesized)
-
-    def write_skipped(self, layer: int, synthesized: Sequence[SynthesizedKV | None]) -> None:
-        """Writes a layer that no live token runs."""
-        self._write(layer, [], synthesized)
-
-    def _write(
         self,
-        layer: int,
-        parts: list[tuple[Tensor, Tensor, Tensor]],
+        slot: str,
+        live: Sequence[Tensor],
         synthesized: Sequence[SynthesizedKV | None],
-    ) -> tuple[Tensor, Tensor]:
+        shared: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """Writes a slot of a layer to the cache.
+
+        Args:
+            slot: What is written.
+            live: Values of the live tokens, in this layout; none if no token runs the layer.
+            synthesized: Values of the tokens that have left.
+            shared: Keep what the cache returns for a later stage.
+
+        Returns:
+            All keys (and values) that the layer may attend to.
+        """
+        values = tuple(live) if self.index is None else self.assemble(slot, live, synthesized)
+        result = self.run.update(slot, values)
+        if shared:
+            self.run.kept[slot] = result
+        return result
+
+    def assemble(
+        self,
+        slot: str,
+        live: Sequence[Tensor],
+        synthesized: Sequence[SynthesizedKV | None],
+    ) -> tuple[Tensor, ...]:
+        """Puts live and synthesized values together, in the layout of the call."""
+        parts: list[tuple[Tensor, Sequence[Tensor]]] = []
+        if live and self.index is not None:
+            parts.append((self.index, live))
         for item in synthesized:
-            if item is not None and layer in item.layers:
-                parts.append((item.index, *item.layers[layer]))
+            if item is not None and slot in item.values:
+                parts.append((item.index, item.values[slot]))
         index = torch.cat([part[0] for part in parts]) if len(parts) > 1 else parts[0][0]
-        key = self._whole(index, [part[1] for part in parts])
-        value = self._whole(index, [part[2] for part in parts])
-        return self.run.update(layer, key, value)
+        values = zip(*(part[1] for part in parts), strict=True)
+        return tuple(self._whole(index, list(value)) for value in values)
 
     def _whole(self, index: Tensor, parts: list[Tensor]) -> Tensor:
-        """Lays packed ``[1, H, N, D]`` out as ``[B, H, S, D]``; padding is zero."""
+        """Lays packed values out as ``[B, ..., S, D]``; padding is zero.
+
+        The token axis is the last but one: ``[1, H, N, D]`` keys, ``[1, N, D]`` states.
+        """
         batch, tokens = self.run.batch, self.run.tokens
-        packed = (torch.cat(parts, dim=2) if len(parts) > 1 else parts[0])[0].transpose(0, 1)
+        packed = (torch.cat(parts, dim=-2) if len(parts) > 1 else parts[0])[0].movedim(-2, 0)
         if len(parts) > 1 or index.numel() != batch * tokens:
             whole = packed.new_zeros(batch * tokens, *packed.shape[1:])
             packed = whole.index_copy(0, index, packed)
         rows: Tensor = packed.unflatten(0, (batch, tokens))
-        return rows.transpose(1, 2)
+        return rows.movedim(1, -2)
+
+    def pick(self, whole: Tensor) -> Tensor:
+        """The live tokens of ``whole [B, S, D]``, packed."""
+        if self.index is None:
+            return whole
+        return whole.flatten(0, 1).index_select(0, self.index).unsqueeze(0)
 
     def to_rows(self, value: Tensor | None, kind: str, axes: TokenAxes, keys: Tensor) -> object:
         """An input of attention, with one row per row of the batch that has a live token."""
         if value is None:
             return self.rows.causal(keys, self.run.tokens)
+        if kind == "cached":
+            return self.rows.select(value)
         if kind == "plain":
             return value
         return self.rows.pad(value, axes) if kind == "live" else self.rows.of_call(value, axes)

@@ -1,0 +1,1 @@
+"""Checks that a model is rewritten correctly: what `adept-fx check` runs."""
