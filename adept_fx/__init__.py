@@ -12,15 +12,17 @@ if TYPE_CHECKING:
     from adept_fx import gates
     from adept_fx.config import ExitConfig
     from adept_fx.errors import AdeptError
+    from adept_fx.report.explain import explain
     from adept_fx.rewrite import restore, transform
 
 __version__ = "0.1.0"
 
-__all__ = ["AdeptError", "ExitConfig", "__version__", "gates", "restore", "transform"]
+__all__ = ["AdeptError", "ExitConfig", "__version__", "explain", "gates", "restore", "transform"]
 
 _HOME = {
     "AdeptError": "adept_fx.errors",
     "ExitConfig": "adept_fx.config",
+    "explain": "adept_fx.report.explain",
     "restore": "adept_fx.rewrite",
     "transform": "adept_fx.rewrite",
 }

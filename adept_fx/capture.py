@@ -8,7 +8,7 @@ key length per kind of layer. Cache writes, masks, attention and the input embed
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,26 +89,43 @@ class _Entry(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
+        embedded: Tensor | None,
         attention_mask: Tensor,
         past: Tensor,
         slots: dict[str, Tensor],
         position_ids: Tensor | None = None,
+        extras: dict[str, Tensor] | None = None,
     ) -> Tensor:
         recorder = self.recorder
         recorder.start(past, slots)
         keywords = {} if position_ids is None else {"position_ids": position_ids}
+        embeds = None
+        if embedded is not None:
+            embeds = torch.ops.adept_fx.embed(embedded)
+            recorder.embeds += 1
         output = self.decoder(
             input_ids=input_ids,
+            inputs_embeds=embeds,
             attention_mask=attention_mask,
             past_key_values=CaptureCache(self.decoder.config, recorder),
             use_cache=True,
             return_dict=True,
             **keywords,
+            **(extras or {}),
         )
         recorder.output_type = type(output)
         hidden: Tensor = output.last_hidden_state
         return hidden
+
+
+@dataclass(frozen=True)
+class _Form:
+    """Which arguments a call has."""
+
+    positions: bool
+    extras: dict[str, Tensor]
+    embeds: bool
 
 
 def accepts(decoder: nn.Module, name: str) -> bool:
@@ -116,12 +133,22 @@ def accepts(decoder: nn.Module, name: str) -> bool:
     return name in inspect.signature(type(decoder).forward).parameters
 
 
-def capture(decoder: nn.Module, *, positions: bool) -> Capture:
+def capture(
+    decoder: nn.Module,
+    *,
+    positions: bool,
+    extras: Mapping[str, Tensor] | None = None,
+    embeds: bool = False,
+) -> Capture:
     """Captures the decoder in its present mode, dtype and device.
 
     Args:
         decoder: A decoder of transformers, as ``get_decoder()`` returns it.
         positions: Trace the form in which the caller passes ``position_ids``.
+        extras: Further arguments that the caller passes, one entry per token, ``[B, S, ...]``;
+            only their dtypes and what follows ``[B, S]`` of their shapes matter.
+        embeds: Trace the form in which the caller passes ``inputs_embeds``. The graph starts from
+            them either way; some decoders take certain arguments only in one form.
 
     Returns:
         The captured graph with everything that was recorded beside it.
@@ -131,16 +158,17 @@ def capture(decoder: nn.Module, *, positions: bool) -> Capture:
         UnsupportedModelError: The decoder does something that has no place in a graph.
     """
     recorder = Recorder()
+    form = _Form(positions, dict(extras or {}), embeds)
     with torch.no_grad(), standing_in(decoder), intercepted(decoder, recorder):
         # Rows of the cache are their own symbol; a decoder that computes attention itself, with
         # the batch size in its reshapes, needs them tied to the batch.
         try:
             with _quiet():
-                program, symbols = _export(decoder, recorder, positions, rows=_ROWS)
+                program, symbols = _export(decoder, recorder, form, rows=_ROWS)
         except AdeptError:
             raise
         except Exception:  # export raises anything; the second try tells
-            program, symbols = _export_tied(decoder, recorder, positions)
+            program, symbols = _export_tied(decoder, recorder, form)
     if recorder.embeds != 1:
         raise CaptureError(
             f"the input embedding was called {recorder.embeds} times in one forward",
@@ -179,10 +207,10 @@ def _quiet() -> Iterator[None]:
 
 
 def _export_tied(
-    decoder: nn.Module, recorder: Recorder, positions: bool
+    decoder: nn.Module, recorder: Recorder, form: _Form
 ) -> tuple[ExportedProgram, Symbols]:
     try:
-        return _export(decoder, recorder, positions, rows=_BATCH)
+        return _export(decoder, recorder, form, rows=_BATCH)
     except AdeptError:
         raise
     except Exception as error:
@@ -193,13 +221,16 @@ def _export_tied(
 
 
 def _export(
-    decoder: nn.Module, recorder: Recorder, positions: bool, rows: int
+    decoder: nn.Module, recorder: Recorder, form: _Form, rows: int
 ) -> tuple[ExportedProgram, Symbols]:
     device = decoder.get_input_embeddings().weight.device  # type: ignore[operator]
     kinds = (FULL, "chunked_attention", "sliding_attention")
     ids = torch.zeros(_BATCH, _TOKENS, dtype=torch.long, device=device)
+    weight = decoder.get_input_embeddings().weight  # type: ignore[operator]
+    embeds = weight.new_zeros(_BATCH, _TOKENS, weight.shape[1]) if form.embeds else None
     example: dict[str, Any] = {
-        "input_ids": ids,
+        "input_ids": None if form.embeds else ids,
+        "embedded": embeds,
         "attention_mask": torch.ones(_BATCH, _KEYS, dtype=torch.long, device=device),
         "past": torch.zeros(_PAST, device=device),
         # Each kind has its own length; the full one equals the 2-D mask's.
@@ -208,12 +239,20 @@ def _export(
             for index, kind in enumerate(kinds)
         },
     }
-    if positions:
+    if form.positions:
         example["position_ids"] = torch.zeros_like(ids)
-    free: dict[int, Any] = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
-    shapes: dict[str, Any] = dict.fromkeys(example, free)
+    if form.extras:
+        example["extras"] = {
+            name: value.new_zeros(_BATCH, _TOKENS, *value.shape[2:])
+            for name, value in form.extras.items()
+        }
+    # Where cached rows are tied to the batch, they share its symbol.
+    batch = Dim("batch", min=2) if rows == _BATCH else Dim.DYNAMIC
+    free: dict[int, Any] = {0: batch, 1: Dim.DYNAMIC}
+    shapes: dict[str, Any] = {k: None if v is None else free for k, v in example.items()}
     shapes["past"] = {0: Dim.DYNAMIC}
-    # One symbol for the cached rows of all kinds; tied rows find the batch's by themselves.
+    if form.extras:
+        shapes["extras"] = dict.fromkeys(form.extras, free)
     same = free if rows == _BATCH else {0: Dim("rows", min=2), 1: Dim.DYNAMIC}
     shapes["slots"] = dict.fromkeys(example["slots"], same)
     with warnings.catch_warnings():
@@ -237,7 +276,8 @@ def _restarting(export: Callable[[], ExportedProgram]) -> ExportedProgram:
 
 def _symbols(program: ExportedProgram, example: dict[str, Any]) -> Symbols:
     values = {node.name: node.meta["val"] for node in program.graph.find_nodes(op="placeholder")}
-    batch, tokens = (expression(size) for size in values["input_ids"].shape)
+    ids = values["embedded" if example["input_ids"] is None else "input_ids"]
+    batch, tokens = (expression(size) for size in ids.shape[:2])
     slots = [values[f"slots_{kind}"] for kind in example["slots"]]
     return Symbols(
         batch=batch,

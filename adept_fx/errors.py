@@ -6,6 +6,9 @@ what the caller passed are also a `ValueError`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 __all__ = [
     "AdeptError",
     "CaptureError",
@@ -24,6 +27,7 @@ class AdeptError(Exception):
     Attributes:
         message: What is wrong and why, naming the layer or the argument.
         hint: The way out, or None.
+        step: At which step of ``transform`` it was raised; None elsewhere.
     """
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
@@ -38,12 +42,23 @@ class AdeptError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.step: str | None = None
 
     def __str__(self) -> str:
         """Returns the message and, on a line of its own, the way out."""
         if self.hint is None:
             return self.message
         return f"{self.message}\nWay out: {self.hint}"
+
+
+@contextmanager
+def during(step: str) -> Iterator[None]:
+    """Notes the step on errors that leave the context without one."""
+    try:
+        yield
+    except AdeptError as error:
+        error.step = error.step or step
+        raise
 
 
 class ConfigError(AdeptError, ValueError):

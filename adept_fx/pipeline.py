@@ -41,6 +41,7 @@ class Program:
         masks: The recorded mask call behind each mask input.
         kinds: The kind of each cache layer: layers of one kind have one key length.
         num_layers: Number of layers of the decoder.
+        container: The path of what holds them in the decoder, e.g. ``layers``.
         output_type: Class of the decoder's output.
         records: What each pass did.
     """
@@ -50,6 +51,7 @@ class Program:
     masks: dict[str, MaskCall]
     kinds: dict[int, str]
     num_layers: int
+    container: str
     output_type: type
     records: tuple[PassRecord, ...]
 
@@ -93,6 +95,7 @@ def build(captured: Capture, work: Work, passes: Sequence[type[Pass]] = PIPELINE
         masks=masks,
         kinds=captured.kinds,
         num_layers=work.num_layers,
+        container=work.container,
         output_type=captured.output_type,
         records=tuple(records),
     )

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from adept_fx.config import ExitConfig
-from adept_fx.errors import ConfigError, UnsupportedModelError
+from adept_fx.errors import ConfigError, UnsupportedModelError, during
 from adept_fx.gates.registry import build_gates
 from adept_fx.inspect_model import find_decoder, refuse
 from adept_fx.model_facts import hidden_size, layer_count
@@ -40,20 +40,17 @@ def transform(model: nn.Module, config: ExitConfig | None = None) -> Any:
         CaptureError: The decoder cannot be traced.
     """
     config = ExitConfig() if config is None else config
-    if not isinstance(config, ExitConfig):
-        raise ConfigError(
-            f"transform takes an ExitConfig, not {type(config).__name__}",
-            hint="write adept_fx.ExitConfig(exits=...)",
-        )
-    refuse(model)
-    decoder = find_decoder(model)
-    path = path_to(model, decoder)
-    if path is None:
-        raise UnsupportedModelError("get_decoder() returns a module that is not part of the model")
-    resolved = config.resolve(layer_count(decoder))
+    with during("model"):
+        refuse(model)
+    with during("decoder"):
+        decoder = find_decoder(model)
+        path = _path(model, decoder)
+    with during("config"):
+        resolved = _resolved(config, decoder)
     weight = decoder.get_input_embeddings().weight
     dtype = decoder.dtype if isinstance(decoder.dtype, torch.dtype) else weight.dtype
-    gates = build_gates(resolved, hidden_size(decoder), weight.device, dtype)
+    with during("gates"):
+        gates = build_gates(resolved, hidden_size(decoder), weight.device, dtype)
     adept = Adept(resolved, gates, one_threshold=config.prefill_threshold is None)
     adept.train(model.training)
     memo: dict[int, Any] = {}
@@ -63,15 +60,43 @@ def transform(model: nn.Module, config: ExitConfig | None = None) -> Any:
     transformed = rebuild(model, path, exit_aware, memo)
     head = Head(transformed, exit_aware)
     if any("logits" in gate.needs for gate in gates):
-        head.check()
+        with during("gates"):
+            head.check()
     adept.link(forward, head)
     pooling = Pooling(transformed, exit_aware)
     if pooling.works():
         transformed.__dict__["forward"] = forward.pooling = pooling
     # Capture now: what cannot be rewritten is refused here, not at the first call.
-    forward.prepare()
+    with during("capture"):
+        forward.prepare()
     transformed.add_module("adept", adept)
+    if hasattr(transformed, "init_continuous_batching"):
+        transformed.__dict__["init_continuous_batching"] = _refuse_continuous_batching
     return transformed
+
+
+def _path(model: nn.Module, decoder: nn.Module) -> list[str]:
+    path = path_to(model, decoder)
+    if path is None:
+        raise UnsupportedModelError("get_decoder() returns a module that is not part of the model")
+    return path
+
+
+def _resolved(config: ExitConfig, decoder: nn.Module) -> ExitConfig:
+    if not isinstance(config, ExitConfig):
+        raise ConfigError(
+            f"transform takes an ExitConfig, not {type(config).__name__}",
+            hint="write adept_fx.ExitConfig(exits=...)",
+        )
+    return config.resolve(layer_count(decoder))
+
+
+def _refuse_continuous_batching(*args: Any, **kwargs: Any) -> None:
+    """Refuses before transformers starts a thread, whose errors it would only log."""
+    raise UnsupportedModelError(
+        "continuous batching keeps keys and values in pages: an exit-aware model cannot write them",
+        hint="call generate, or generate_batch of the original model",
+    )
 
 
 def restore(ee: nn.Module) -> Any:

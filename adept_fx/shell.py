@@ -5,11 +5,13 @@ original (a compiled call, an instance's own ``forward``), which then silently r
 """
 
 import copy
+from functools import partial
+from types import MethodType
 from typing import Any
 
 from torch import nn
 
-_BOUND = ("_compiled_call_impl", "forward", "adept")
+_BOUND = ("_compiled_call_impl", "_compiled_call", "forward", "adept", "init_continuous_batching")
 _TABLES = ("_parameters", "_buffers", "_modules")
 
 
@@ -25,7 +27,11 @@ def shell(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
             on sharing. None keeps ``module``'s own configs.
     """
     new = object.__new__(type(module))
-    state: dict[str, Any] = {k: v for k, v in vars(module).items() if k not in _BOUND}
+    state: dict[str, Any] = {
+        name: _rebound(value, module, new)
+        for name, value in vars(module).items()
+        if name not in _BOUND
+    }
     fresh = vars(nn.Module())
     for name, value in fresh.items():
         if name.endswith("_hooks") or "_hooks_" in name:
@@ -38,6 +44,17 @@ def shell(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
             state[name] = copy.deepcopy(state[name], memo)
     new.__dict__.update(state)
     return new
+
+
+def _rebound(value: Any, old: nn.Module, new: nn.Module) -> Any:
+    """A method or partial function of ``old`` (such as a ``generate`` of its own) for ``new``."""
+    if isinstance(value, MethodType) and value.__self__ is old:
+        return MethodType(value.__func__, new)
+    if isinstance(value, partial):
+        arguments = [new if item is old else item for item in value.args]
+        keywords = {name: new if item is old else item for name, item in value.keywords.items()}
+        return partial(value.func, *arguments, **keywords)
+    return value
 
 
 def plain_shell(module: nn.Module) -> nn.Module:

@@ -27,7 +27,7 @@ class FindLayers(Pass):
     ``NodeMeta.border`` on ``L + 1`` of them.
 
     Guarantees: borders are single ``[B, S, D]`` values, in order; every cache write lies in a
-    layer.
+    layer, between its borders.
 
     Refuses when: the layers share their parameters, or no single value separates two layers.
     """
@@ -37,11 +37,12 @@ class FindLayers(Pass):
 
     def call(self, work: Work) -> PassResult:
         """Annotates nodes; changes no computation."""
-        layer_of = _parameter_uses(work, _layer_container(work))
+        container = _layer_container(work)
+        layer_of = _parameter_uses(work, container)
         flow = Flow.trace(work, layer_of)
         borders = _borders(flow, layer_of, work)
         modified = _annotate(work, flow, borders)
-        work.num_layers = len(borders) - 1
+        work.num_layers, work.container = len(borders) - 1, container
         return PassResult(modified, {"layers": work.num_layers, "chain": len(flow.chain)})
 
     def ensures(self, work: Work) -> None:
@@ -49,9 +50,28 @@ class FindLayers(Pass):
         found = [node for node in work.graph.graph.nodes if meta.get(node).border is not None]
         if [meta.get(node).border for node in found] != list(range(work.num_layers + 1)):
             raise PassError(f"layer borders out of order: {found}")
-        for write in writes(work.graph.graph.nodes):
-            if meta.get(write).layer not in range(work.num_layers):
-                raise PassError(f"{slot(write)} is written outside of the layers")
+        _check_places(work)
+
+
+def _check_places(work: Work) -> None:
+    """Nothing that a layer writes depends on a later border; no earlier border depends on it."""
+    last: dict[Node, int] = {}
+    for node in work.graph.graph.nodes:
+        border = meta.get(node).border
+        found = [last[i] for i in node.all_input_nodes if i in last]
+        last[node] = max(-1 if border is None else border, *found, -1)
+    next_one: dict[Node, int] = {}
+    for node in reversed(work.graph.graph.nodes):
+        border = meta.get(node).border
+        found = [next_one[user] for user in node.users]
+        beyond = work.num_layers + 1
+        next_one[node] = min(beyond if border is None else border, *found, beyond)
+    for write in writes(work.graph.graph.nodes):
+        layer = meta.get(write).layer
+        if layer is None or not 0 <= layer < work.num_layers:
+            raise PassError(f"{slot(write)} is written outside of the layers")
+        if last[write] > layer or next_one[write] <= layer:
+            raise PassError(f"{slot(write)} is not written in layer {layer}")
 
 
 def _layer_container(work: Work) -> str:

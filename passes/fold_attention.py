@@ -1,6 +1,7 @@
 """Folds each layer's attention into one node."""
 
 import operator
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -11,8 +12,18 @@ from adept_fx.errors import PassError
 from adept_fx.graph import meta
 from adept_fx.graph.base import Pass, PassResult, Stage, Work
 from adept_fx.graph.extract import Extraction
+from adept_fx.graph.meta import PROLOGUE
 from adept_fx.graph.symbols import free_symbols, is_scalar
-from adept_fx.graph.writes import INDEX, MIXER, WRITE, is_cached, slot, writes
+from adept_fx.graph.writes import (
+    INDEX,
+    MIXER,
+    WRITE,
+    cache_write,
+    is_cached,
+    is_write,
+    slot,
+    writes,
+)
 from adept_fx.ops.attention import Attention
 
 _ATTENTION = torch.ops.adept_fx.attention.default
@@ -29,8 +40,9 @@ class FoldAttention(Pass):
     Before: ``k, v = cache_write(...); a = attention(q, k, v, mask)`` (or ``baddbmm`` ...).
     After: ``k, v = cache_write(...); a = attention_3(k, v, q, mask)``, a submodule.
 
-    Guarantees: cached keys are read by regions alone; outside of regions no value has a key
-    length but masks.
+    Guarantees: cached keys are read by regions alone; no two regions of a layer read the same
+    ones; outside of regions no value has a key length but masks and the like, which come from
+    before the layers.
     """
 
     needs = Stage.HOISTED
@@ -48,12 +60,24 @@ class FoldAttention(Pass):
         return PassResult(bool(regions), {"writes": len(found), "folded": len(regions)})
 
     def ensures(self, work: Work) -> None:
-        """Checks that cached keys are read by regions alone."""
+        """Checks who reads cached keys, and that key lengths end with the regions."""
         for write in writes(work.graph.graph.nodes):
-            for item in cached_items(write) if write.target is not MIXER else ():
-                outside = [user.name for user in item.users if user.op != "call_module"]
-                if outside:
-                    raise PassError(f"{slot(write)} is read outside of a region, by {outside}")
+            _check_readers(write)
+        for node in work.graph.graph.nodes:
+            inside = meta.get(node).layer not in (None, PROLOGUE) and not is_scalar(node)
+            lengths = free_symbols(node.meta.get("val")) & work.symbols.keys
+            if inside and lengths and not is_write(node) and not is_cached(node):
+                raise PassError(f"{node.name} has a key length outside of a region")
+
+
+def _check_readers(write: Node) -> None:
+    regions: dict[int | None, Node] = {}
+    for item in cached_items(write) if write.target is not MIXER else ():
+        for user in item.users:
+            if user.op != "call_module":
+                raise PassError(f"{slot(write)} is read outside of a region, by {user.name}")
+            if regions.setdefault(meta.get(user).layer, user) is not user:
+                raise PassError(f"two regions of layer {meta.get(user).layer} read {slot(write)}")
 
 
 def cached_items(write: Node) -> list[Node]:
@@ -107,7 +131,7 @@ def _replace(work: Work, region: list[Node]) -> None:
     part = Extraction(work.symbols, keys=True)
     reads = dict.fromkeys(i for node in region for i in node.all_input_nodes if i not in inside)
     # Cached keys first: the sizes of cached rows and keys are read off the first inputs.
-    for i in sorted(reads, key=lambda i: not is_cached(i)):
+    for i in sorted(reads, key=_rank):
         if not part.is_own_size(i):
             part.add_input(i)
     query = next((n.args[0] for n in region if n.target is _ATTENTION), None)
@@ -118,9 +142,9 @@ def _replace(work: Work, region: list[Node]) -> None:
     part.copy(region)
     module = part.finish(outputs[0] if len(outputs) == 1 else tuple(outputs))
     _lower_calls(module, work)
+    name = _free_name(work.graph, f"attention_{layer}")
     if isinstance(query, Node) and query in part.inputs:
-        work.queries[layer] = query
-    name = _free_name(work, f"attention_{layer}")
+        work.queries[layer] = name, part.inputs.index(query)
     work.graph.add_submodule(name, module)
     with graph.inserting_after(region[-1]):
         call = graph.call_module(name, tuple(part.inputs))
@@ -131,9 +155,15 @@ def _replace(work: Work, region: list[Node]) -> None:
         graph.erase_node(node)
 
 
-def _free_name(work: Work, name: str) -> str:
-    taken = [n for n in (name, *(f"{name}_{at}" for at in range(1, 99))) if hasattr(work.graph, n)]
-    return f"{name}_{len(taken)}" if taken else name
+def _rank(node: Node) -> int:
+    """Cached keys come before index keys, those before the rest."""
+    kinds = (WRITE, INDEX)
+    return kinds.index(cache_write(node).target) if is_cached(node) else len(kinds)
+
+
+def _free_name(module: fx.GraphModule, name: str) -> str:
+    names = chain([name], (f"{name}_{at}" for at in count(1)))
+    return next(found for found in names if not hasattr(module, found))
 
 
 def _connect(graph: fx.Graph, call: Node, outputs: list[Node], inside: set[Node]) -> None:
@@ -156,9 +186,10 @@ def _lower_calls(module: fx.GraphModule, work: Work) -> None:
         index = node.args[5]
         if not isinstance(index, int) or not isinstance(node.meta["val"], Tensor):
             raise PassError(f"malformed attention marker {node.format_node()}")
-        module.add_submodule("attention", Attention(work.attentions[index]))
+        name = _free_name(module, "attention")
+        module.add_submodule(name, Attention(work.attentions[index]))
         with module.graph.inserting_before(node):
-            call = module.graph.call_module("attention", node.args[:5])
+            call = module.graph.call_module(name, node.args[:5])
         call.meta = dict(node.meta)
         node.replace_all_uses_with(call)
         module.graph.erase_node(node)

@@ -104,7 +104,7 @@ def _features(work: Work, index: int, borders: dict[Any, Node]) -> list[Node]:
     if write is not None:
         found["key"], found["value"] = written(write)
     if layer in work.queries:
-        found["query"] = work.queries[layer]
+        found["query"] = _query(work, *work.queries[layer])
     missing = [name for name in FEATURES if name in wanted and name not in found]
     if missing:
         raise UnsupportedModelError(
@@ -113,3 +113,11 @@ def _features(work: Work, index: int, borders: dict[Any, Node]) -> list[Node]:
             hint=f"use a gate that does not list {missing[0]!r} in Gate.needs",
         )
     return [found[name] for name in FEATURES if name in wanted]
+
+
+def _query(work: Work, region: str, place: int) -> Node:
+    call = next(n for n in work.graph.graph.nodes if n.op == "call_module" and n.target == region)
+    query = call.args[place]
+    if not isinstance(query, Node):
+        raise PassError(f"{region} has no query")
+    return query

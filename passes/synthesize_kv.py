@@ -59,10 +59,15 @@ class SynthesizeKV(Pass):
 
     def ensures(self, work: Work) -> None:
         """Each write lists, per exit point before it, what it is to write."""
+        ends = [0] * len(work.exits)
         for write in writes(work.graph.graph.nodes):
             before = [i for i, e in enumerate(work.exits) if e <= (meta.get(write).layer or 0)]
-            expected = [f"kv_{i}" for i in before for _ in written(write)]
-            if [item.args[0].target for item in synthesized(write)] != expected:  # type: ignore[union-attr]
+            expected = []
+            for index in before:
+                expected += [(f"kv_{index}", ends[index] + at) for at in range(len(written(write)))]
+                ends[index] += len(written(write))
+            listed: list[Any] = synthesized(write)
+            if [(item.args[0].target, item.args[1]) for item in listed] != expected:
                 raise PassError(f"{slot(write)} lacks synthesized values")
 
     def _synthesize(self, work: Work, gate: Node, index: int, behind: list[Node]) -> int:

@@ -72,7 +72,7 @@ class _Frozen:
 
 
 @contextmanager
-def exiting(model: PreTrainedModel, exits: Sequence[int] = EXITS) -> Iterator[PreTrainedModel]:
+def exiting(model: PreTrainedModel, exits: Sequence[int] = EXITS) -> Iterator[Any]:
     """Inside, tokens of the original leave as `Parity` says, after any number of forwards."""
     layers = decoder_layers(model)
     frozen = _Frozen([count for count in exits if count < len(layers)])

@@ -4,10 +4,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from adept_fx.check.conversation import (
     THRESHOLD,
@@ -46,16 +48,18 @@ def check(subject: str) -> CheckResult:
 
     try:
         model = build(subject)
-        facts["model_class"] = type(model).__name__
-        try_original(model)
     except Exception as error:  # whatever is wrong with the original is not ours to judge
         return result("unavailable", _line(error))
+    facts["model_class"] = type(model).__name__
+    broken = _complaint(model)
     try:
         examination = Examination(model)
     except AdeptError as error:
         return result("refused", _line(error))
     except Exception as error:  # a crash is what this command is to find
-        return result("failed", _line(error))
+        return result("unavailable", broken) if broken else result("failed", _line(error))
+    if broken:
+        return result("unavailable", broken)
     facts |= examination.facts
     for name, step in examination.steps().items():
         try:
@@ -67,12 +71,24 @@ def check(subject: str) -> CheckResult:
 
 
 @torch.no_grad()
-def try_original(model: Any) -> None:
-    """Raises if the original cannot read a padded prompt, or makes nothing finite of it."""
-    turn = conversation(_vocabulary(model))[0]
-    logits = model(**turn.inputs(model)).logits
-    if not bool(torch.isfinite(logits[turn.real]).all()):
-        raise ValueError("the original's logits are not finite")
+def _complaint(model: Any) -> str:
+    """Why the original cannot read a padded prompt; empty if it can."""
+    try:
+        turn = conversation(_vocabulary(model))[0]
+        logits = model(**turn.inputs(model)).logits
+    except Exception as error:  # as above
+        return _line(error)
+    finite = bool(torch.isfinite(logits[turn.real]).all())
+    return "" if finite else "the original's logits are not finite"
+
+
+def _layer_kinds(decoder: Any) -> list[str]:
+    """The kinds of layers by the config, else by the cache that the decoder gets."""
+    declared = getattr(decoder.config, "layer_types", None)
+    if declared:
+        return sorted(set(declared))
+    layers = DynamicCache(config=decoder.config).layers
+    return sorted({"sliding_attention" if layer.is_sliding else "full_attention" for layer in layers})
 
 
 def _vocabulary(model: Any) -> int:
@@ -103,11 +119,11 @@ class Examination:
         self.scores = scores(self.turns, len(self.exits))
         config = ExitConfig(exits=self.exits, gate=Replay([]), threshold=1.0)
         self.ee = transform(model, config)
-        self.original = play(model, self.turns)
         self.facts = {
             "decoder_class": type(decoder).__name__,
             "layers": layers,
             "exits": list(self.exits),
+            "layer_kinds": _layer_kinds(decoder),
         }
 
     def steps(self) -> dict[str, Callable[[], str]]:
@@ -118,6 +134,11 @@ class Examination:
             "generate": self._generate,
             "restore": self._restore,
         }
+
+    @cached_property
+    def original(self) -> Trace:
+        """The original's side of the conversation."""
+        return play(self.model, self.turns)
 
     def _play(self, plan: str, threshold: float) -> Trace:
         adept = self.ee.adept

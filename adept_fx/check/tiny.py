@@ -93,6 +93,11 @@ def _shrunken(default: PreTrainedConfig, layers: int) -> dict[str, Any]:
             fields[name] = _shrunken(value, layers)
         elif name == "attn_layer_indices":
             fields[name] = list(range(1, layers, 2))
+        elif name == "axial_pos_embds_dim":
+            fields[name] = [_HIDDEN // 2, _HIDDEN // 2]
+        elif name == "rope_parameters" and not value and getattr(default, "layer_types", None):
+            rope = {"rope_type": "default", "rope_theta": 10000.0}
+            fields[name] = {kind: dict(rope) for kind in sorted(set(default.layer_types))}
         elif isinstance(value, (list, tuple)) or name == "layer_types":
             listed = list(value or ())
             if name == "layer_types" or (len(listed) == count and count > layers):
@@ -144,7 +149,8 @@ def _kinds(name: str, values: list[Any], default: Any) -> list[Any]:
         kinds += [kind for kind in named if kind.endswith("_attention") and kind not in kinds]
     if name == "layer_types" and len(kinds) < 2:
         kinds += ["conv"] if "conv_L_cache" in vars(default) else []
-        kinds += [] if "full_attention" in kinds else ["full_attention"]
+    if name == "layer_types" and set(kinds) <= {"conv", "linear_attention"}:
+        kinds.append("full_attention")
     return kinds
 
 

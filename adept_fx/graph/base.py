@@ -44,7 +44,9 @@ class Work:
         policy: Where keys and values of skipped layers come from.
         stage: The stage reached.
         num_layers: Number of layers, once found.
-        queries: Per layer, the query that it hands to a registered attention function.
+        container: The path of what holds the layers in the decoder, once found.
+        queries: Per layer that calls a registered attention function, where its query is found:
+            the name of the region, and the query's place among its arguments.
     """
 
     graph: fx.GraphModule
@@ -58,7 +60,8 @@ class Work:
     policy: KVPolicy
     stage: Stage = Stage.CAPTURED
     num_layers: int = 0
-    queries: dict[int, Node] = field(default_factory=dict)
+    container: str = ""
+    queries: dict[int, tuple[str, int]] = field(default_factory=dict)
 
     def find(self, target: object) -> list[Node]:
         """All calls of ``target``, in order."""

@@ -36,6 +36,11 @@ class Block(nn.Module):
         run = self._compiled[0] if self._compiled else self.graph
         return run(*inputs, *[source.get() for source in self.sources])
 
+    @property
+    def compiled(self) -> bool:
+        """Whether calls run a compiled graph."""
+        return bool(self._compiled)
+
     def compile_graph(self, options: dict[str, Any]) -> None:
         """Makes further calls run the graph through ``torch.compile(**options)``."""
         self._compiled = [torch.compile(self.graph, **options)]
@@ -228,7 +233,8 @@ class MixerRegion(nn.Module):
         if tokens.index is None:
             return self._run(tokens, inputs[:count], inputs[count:])
         whole = tokens.assemble(self.slot, inputs[:count], synthesized)
-        return tokens.pick(self._run(tokens, whole, inputs[count:]))
+        output: Tensor = tokens.pick(self._run(tokens, whole, inputs[count:]))
+        return output
 
     def update(
         self,

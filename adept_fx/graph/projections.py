@@ -109,7 +109,9 @@ def _cut(graph: fx.Graph, projection: _Projection, symbols: Symbols) -> bool:
     for value, item in wanted.items():
         with graph.inserting_before(value):
             smaller = _smaller(graph, projection, item)
-            value.replace_all_uses_with(_shaped(graph, smaller, value, symbols))
+            shaped = _shaped(graph, smaller, value, symbols)
+        shaped.meta = dict(value.meta)
+        value.replace_all_uses_with(shaped)
     return True
 
 

@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from adept_fx.errors import AdeptError, PassError
+from adept_fx.errors import AdeptError, PassError, during
 from adept_fx.graph.base import Pass, PassResult, Work
 from adept_fx.graph.dump import dump
 from adept_fx.graph.verify import verify
@@ -48,11 +48,12 @@ def run_passes(work: Work, passes: Sequence[Pass]) -> list[PassRecord]:
     dump(work, target, 0, "captured")
     for number, step in enumerate(passes, start=1):
         began = time.perf_counter()
-        try:
-            result = _run(work, step)
-        except PassError as error:
-            before = ", ".join(record.name for record in records) or "none"
-            raise PassError(f"pass {step.name} (after: {before}): {error}") from error
+        with during(f"pass {step.name}"):
+            try:
+                result = _run(work, step)
+            except PassError as error:
+                before = ", ".join(record.name for record in records) or "none"
+                raise PassError(f"pass {step.name} (after: {before}): {error}") from error
         seconds = time.perf_counter() - began
         records.append(PassRecord(step.name, seconds, result.modified, result.counts))
         dump(work, target, number, step.name, records[-1])

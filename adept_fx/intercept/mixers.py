@@ -43,13 +43,13 @@ def _watched(module: nn.Module, name: str, recorder: Recorder, thread: int) -> C
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if not any(isinstance(leaf, CaptureCache) for leaf in leaves):
             return original(*args, **kwargs)
-        known = recorder.recurrent.get(type(module))
-        if known is not None:
+        if type(module) in recorder.recurrent:
+            known = _probe(name, original, leaves, spec)
             return _mark(module, name, leaves, spec, known, recorder)
         try:
             return original(*args, **kwargs)
         except RecurrentAccessError:
-            recorder.recurrent[type(module)] = _probe(module, name, original, leaves, spec)
+            recorder.recurrent.add(type(module))
             raise MixerFoundError from None
 
     return forward
@@ -74,7 +74,7 @@ def _mark(
 
 
 def _probe(
-    module: nn.Module, name: str, forward: Callable[..., Any], leaves: list[Any], spec: Any
+    name: str, forward: Callable[..., Any], leaves: list[Any], spec: Any
 ) -> tuple[int, list[Any], Any, int, int]:
     """Runs the module without a cache on tensors of the same shapes, to see what it returns."""
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]

@@ -37,7 +37,7 @@ class Recorder:
         attentions: Recorded attention calls.
         masks: Recorded mask calls.
         mixers: Recorded calls of modules that keep recurrent state.
-        recurrent: The classes of modules that are known to do so, and what each returns.
+        recurrent: The classes of modules that are known to do so.
         embeds: How often the input embedding was called.
         output_type: Class of the decoder's output.
     """
@@ -47,7 +47,7 @@ class Recorder:
     attentions: list[AttentionCall] = field(default_factory=list)
     masks: list[MaskCall] = field(default_factory=list)
     mixers: list[MixerCall] = field(default_factory=list)
-    recurrent: dict[type, Any] = field(default_factory=dict)
+    recurrent: set[type] = field(default_factory=set)
     embeds: int = 0
     output_type: type | None = None
 

@@ -65,8 +65,8 @@ def write_index(
     tokens: Any, key: Tensor, slot: str, synthesized: Sequence[Any], shared: bool = False
 ) -> Tensor:
     """Writes live and synthesized index keys of one layer; returns all that it has."""
-    (result,) = tokens.write(slot, (key,), synthesized, shared)
-    return result
+    result: tuple[Tensor] = tokens.write(slot, (key,), synthesized, shared)
+    return result[0]
 
 
 def read_cache(tokens: Any, slot: str, at: int) -> Tensor:

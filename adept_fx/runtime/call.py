@@ -25,6 +25,8 @@ _READ = frozenset(
         "use_cache",
     }
 )
+# Further arguments with one entry per token that a decoder may take.
+_PER_TOKEN = frozenset({"per_layer_inputs", "token_type_ids"})
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Call:
     ids: Tensor | None
     attention_mask: Any
     position_ids: Tensor | None
+    extras: dict[str, Tensor]
     cache: Any
     wants_cache: bool  # the caller passed a cache, or asked for one
     return_dict: bool
@@ -63,13 +66,17 @@ def read_call(
         if extra is not given.get("attention_mask"):
             given = {k: v for k, v in given.items() if v is not extra} | extra
     _refuse_outputs(config, given)
+    embeds = _embeds(decoder, given)
+    extras = {}
     for name, value in given.items():
-        if name not in _READ | _HARMLESS and isinstance(value, Tensor):
+        if name in _READ | _HARMLESS or not isinstance(value, Tensor):
+            continue
+        if name not in _PER_TOKEN or value.shape[:2] != embeds.shape[:2]:
             raise InputError(
                 f"the argument {name} is not supported while exits are on",
                 hint="leave it out, or call the original model",
             )
-    embeds = _embeds(decoder, given)
+        extras[name] = value
     cache = given.get("past_key_values")
     use_cache = given.get("use_cache")
     wants_cache = cache is not None or bool(use_cache)
@@ -82,6 +89,7 @@ def read_call(
         ids=given.get("input_ids"),
         attention_mask=given.get("attention_mask"),
         position_ids=_positions(given.get("position_ids"), embeds),
+        extras=extras,
         cache=cache,
         wants_cache=wants_cache,
         return_dict=bool(default if return_dict is None else return_dict),

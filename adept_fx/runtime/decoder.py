@@ -25,6 +25,7 @@ from adept_fx.runtime.fingerprint import (
 from adept_fx.runtime.inputs import program_inputs
 from adept_fx.runtime.masks import fits_rows, real_tokens
 from adept_fx.runtime.pooling import Pooling
+from adept_fx.runtime.programs import Programs
 from adept_fx.runtime.run import Run, Settings
 from adept_fx.shell import plain_shell
 
@@ -32,10 +33,9 @@ if TYPE_CHECKING:
     from adept_fx.runtime.handle import Adept
 
 
-# What a graph is captured for: whether the caller passes `position_ids`, what autocast computes in.
-_Form = tuple[bool, torch.dtype | None]
-
-_KEPT = 4  # programs per form of call, for models that switch modes or adapters back and forth
+# What a graph is captured for: whether the caller passes `position_ids`, which further arguments
+# (name, shape behind [B, S], dtype), whether it passes `inputs_embeds`, what autocast computes in.
+_Form = tuple[bool, frozenset[Any], bool, torch.dtype | None]
 
 
 class ExitAwareForward:
@@ -56,7 +56,7 @@ class ExitAwareForward:
         self.decoder = decoder
         self.pooling: Pooling | None = None
         self._lock = threading.RLock()
-        self._programs: dict[_Form, list[tuple[Program, Fingerprint]]] = {}
+        self._programs = Programs()
         self._options: dict[str, Any] | None = None
         self._stacks = Stacks()
         self._layers = getattr(decoder.config, "num_hidden_layers", None)
@@ -69,7 +69,8 @@ class ExitAwareForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the decoder with exits; same arguments and output as the original's forward."""
         call = read_call(self.decoder, self.__signature__, args, kwargs)
-        program = self.program(positions=self._takes_positions and call.position_ids is not None)
+        given = self._takes_positions and call.position_ids is not None
+        program = self.program(positions=given, extras=call.extras, embeds=call.ids is None)
         shape = (call.embeds.shape[0], call.embeds.shape[1])
         real = real_tokens(call.attention_mask, shape, call.cache)
         settings = self.adept.settings(program, shape[1])
@@ -94,8 +95,10 @@ class ExitAwareForward:
             return None
         return self.pooling.pooled_tokens(call.embeds)
 
-    def program(self, *, positions: bool) -> Program:
-        """The program for calls with or without ``position_ids``, under the present autocast.
+    def program(
+        self, *, positions: bool, extras: dict[str, Tensor] | None = None, embeds: bool = False
+    ) -> Program:
+        """The program for calls with such arguments, under the present autocast.
 
         Captured again after changes.
 
@@ -104,38 +107,26 @@ class ExitAwareForward:
         """
         self._check_layers()
         weight = self.decoder.get_input_embeddings().weight  # type: ignore[operator]
-        form = positions, autocast_dtype(weight.device)
-        found = self._matching(form)
+        extras = extras or {}
+        shapes = frozenset((k, tuple(v.shape[2:]), v.dtype) for k, v in extras.items())
+        form: _Form = positions, shapes, autocast_dtype(weight.device)
+        found = self._programs.find(form)
         if found is not None:
             return found
-        if self._programs.get(form) and self._options is not None:
+        if self._options is not None and not self._programs.fit:
             raise StaleGraphError(
                 "the model changed (a module, a tensor's dtype or device, its mode, a hook or a "
                 "setting) after adept.compile()",
                 hint="undo the change, or adept.uncompile() and compile() again",
             )
         with self._lock:
-            found = self._matching(form)
+            found = self._programs.find(form)
             if found is None:
-                found, seen = self._capture(positions)
+                found, seen = self._capture(positions, extras, embeds)
                 if self._options is not None:
                     compile_program(found, self._stacks, self._options)
-                # A mode or an adapter that is switched back finds its program again; one that
-                # looks into replaced modules would keep their memory, and goes.
-                old = [item for item in self._programs.get(form, []) if item[1].alive()]
-                self._programs[form] = [(found, seen), *old[: _KEPT - 1]]
+                self._programs.add(form, found, seen)
             return found
-
-    def _matching(self, form: _Form) -> Program | None:
-        """The program of the model as it is now, if it was captured."""
-        kept = self._programs.get(form, [])
-        for at, (program, seen) in enumerate(kept):
-            if seen.matches():
-                if at:
-                    with self._lock:
-                        self._programs[form] = [kept[at], *kept[:at], *kept[at + 1 :]]
-                return program
-        return None
 
     def _check_layers(self) -> None:
         """Raises if something cut the config's layers down, as ``assistant_early_exit`` does."""
@@ -147,12 +138,16 @@ class ExitAwareForward:
                 hint="assistant_early_exit cannot be combined with exits: use the original model",
             )
 
-    def _capture(self, positions: bool) -> tuple[Program, Fingerprint]:
+    def _capture(
+        self, positions: bool, extras: dict[str, Tensor], embeds: bool
+    ) -> tuple[Program, Fingerprint]:
         refuse_hooks(self.decoder)
         refuse_several_devices(self.decoder)
         self._choices = agree(self.decoder, self._choices)
         seen = Fingerprint.of(self.decoder, skip=self.adept)
-        captured = capture(plain_shell(self.decoder), positions=positions)
+        captured = capture(
+            plain_shell(self.decoder), positions=positions, extras=extras, embeds=embeds
+        )
         config = self.adept.config
         needs = tuple(gate.needs for gate in self.adept.gate_list())
         work = start(captured, config.exit_layers, needs, build_policy(config.kv))
@@ -162,14 +157,14 @@ class ExitAwareForward:
         """Captures the form that ``generate`` calls."""
         return self.program(positions=self._takes_positions)
 
-    def captured(self) -> Program | None:
-        """The program in use, if there is one."""
-        found = [programs[0][0] for programs in self._programs.values()]
-        return found[0] if found else None
+    @property
+    def used(self) -> Program | None:
+        """The program used last, if there is one."""
+        return self._programs.last
 
     def current(self) -> Program:
-        """The program in use, or the form that ``generate`` calls."""
-        return self.captured() or self.prepare()
+        """The program used last, or the form that ``generate`` calls."""
+        return self.used or self.prepare()
 
     def forget(self) -> None:
         """Makes the next call capture again."""
@@ -198,7 +193,7 @@ class ExitAwareForward:
         copied.decoder = deepcopy(self.decoder, memo)
         copied.pooling = deepcopy(self.pooling, memo)
         copied._lock = threading.RLock()
-        copied._programs = {}
+        copied._programs = Programs()
         copied._options = None
         copied._stacks = Stacks()
         copied.__signature__ = self.__signature__

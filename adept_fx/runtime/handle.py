@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,6 +21,9 @@ from adept_fx.runtime.head import Head
 from adept_fx.runtime.plan import PLANS
 from adept_fx.runtime.run import Run, Settings
 from adept_fx.runtime.stats import Stats
+
+if TYPE_CHECKING:
+    from adept_fx.report.explanation import Explanation
 
 
 class Adept(nn.Module):
@@ -209,15 +212,36 @@ class Adept(nn.Module):
         """
         raise UnsupportedModelError("ee.adept is a handle; call the model itself")
 
-    def extra_repr(self) -> str:
-        """Exits, thresholds and plan; how the keys and values of skipped layers are projected."""
-        settings = (
-            f"exits={self.config.exits}, thresholds={self.thresholds}, plan={self.plan!r}, "
-            f"kv={self.config.kv!r}"
-        )
-        program = self._forward.captured() if self._links else None
-        projections = program.kv_projections if program else ()
-        return "\n".join([settings, *(f"kv {item}" for item in projections)])
+    def explain(self) -> "Explanation":
+        """What the model was rewritten into: see :func:`adept_fx.explain`."""
+        return self._explanation(self._program())
+
+    def _explanation(self, program: Program) -> "Explanation":
+        from adept_fx.report.describe import describe  # Here: reports know the runtime.
+
+        model = self._links[1].model if self._links else self.decoder
+        exits, gates = self.config.exit_layers, self.gate_list()
+        return describe(program, model, self.decoder, exits, gates)
+
+    def __repr__(self) -> str:
+        """A summary of the model, its exits and its settings, of at most 40 lines."""
+        from adept_fx.report import text
+
+        runs = self._settings_in_words()
+        program = self._forward.used if self._links else None
+        if program is None:
+            return text.plain([("exits", text.ranges(self.config.exit_layers)), *runs])
+        return text.plain(text.rows(self._explanation(program), runs))
+
+    def _settings_in_words(self) -> list[tuple[str, str]]:
+        def short(values: Sequence[float]) -> str:
+            return ", ".join(map(str, values if len(set(values)) > 1 else values[:1]))
+
+        found = [("thresholds", short(self._thresholds))]
+        if self._prefill_thresholds != self._thresholds:
+            found[0] = ("thresholds", f"{found[0][1]}; in prefill {short(self._prefill_thresholds)}")
+        off = ", exits off for now" if self._disabled else ""
+        return [*found, ("plan", f"{self._plan}, kv {self.config.kv}{off}")]
 
 
 def _fill_missing(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -10,7 +10,7 @@ from adept_fx.pipeline import Program
 from adept_fx.runtime.call import Call
 from adept_fx.runtime.masks import build_mask, past_length
 
-_SLOTS = "slots_"
+_SLOTS, _EXTRAS = "slots_", "extras_"
 
 
 def program_inputs(program: Program, call: Call) -> list[Any]:
@@ -31,6 +31,8 @@ def _input(name: str, program: Program, call: Call) -> Any:
         return _ids(call)
     if name == "attention_mask":
         return _mask_2d(call)
+    if name.startswith(_EXTRAS):
+        return call.extras[name.removeprefix(_EXTRAS)]
     if name == "past":
         # Only its length is read; so with the others below.
         return torch.empty(past_length(call.cache), device="meta")

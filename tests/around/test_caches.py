@@ -140,7 +140,8 @@ def test_quantized_caches(settings: dict[str, Any], beams: int) -> None:
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("kind", ["offloaded", "offloaded_static"])
 def test_offloaded_caches(kind: str, model_type: str) -> None:
-    model = tiny(model_type).to("cuda")
+    model: Any = tiny(model_type)
+    model.to("cuda")
     ee = adept_fx.transform(model, ExitConfig(exits=EXITS, gate=Parity(), threshold=0.5))
     prompt = {name: value.to("cuda") for name, value in PADDED.items()}
     options = {**GREEDY, "cache_implementation": kind, "disable_compile": True}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import CompileConfig, StoppingCriteria
+from transformers import StoppingCriteria
 from transformers.generation import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -26,7 +26,6 @@ from parity import (
     prepared,
     says,
     small,
-    some_left,
 )
 from product import raw
 
@@ -72,7 +71,7 @@ def test_modes(model_type: str, mode: str) -> None:
 
 def test_guidance() -> None:
     """Which calls the model without positions: a graph of its own."""
-    check_generate("llama", PADDED, lambda _: {**GREEDY, "guidance_scale": 1.5})
+    check_generate("mistral", PADDED, lambda _: {**GREEDY, "guidance_scale": 1.5})
 
 
 def test_embeddings_as_prompt() -> None:
@@ -84,7 +83,8 @@ def test_embeddings_as_prompt() -> None:
 def test_scores_are_the_originals_bit_for_bit() -> None:
     options = {**GREEDY, "output_scores": True, "return_dict_in_generate": True}
     ee = parity("llama", "dense", threshold=1.0)
-    got, want = (model.generate(**PADDED, **options) for model in (ee, raw("llama")))
+    model: Any = raw("llama")
+    got, want = (each.generate(**PADDED, **options) for each in (ee, model))
     assert len(got.scores) == len(want.scores) == 8
     assert all(torch.equal(x, y) for x, y in zip(got.scores, want.scores, strict=True))
 
@@ -143,11 +143,10 @@ def test_streamers_get_every_token(options: dict[str, Any]) -> None:
         assert streamer.ended == 1
 
 
-@pytest.mark.parametrize("plan", PLANS)
-def test_inference_mode(plan: str) -> None:
+def test_inference_mode() -> None:
     """In it a graph may also be captured that is used outside of it later, for gradients too."""
     model, ee = small("llama")
-    prepared(ee, plan)
+    prepared(ee, "compact")
     want = says(ee, PADDED, GREEDY)
     ee.adept._forward.forget()
     with torch.inference_mode():
@@ -158,26 +157,3 @@ def test_inference_mode(plan: str) -> None:
     ee(**PADDED, position_ids=positions).logits.sum().backward()
     assert model.model.layers[0].mlp.up_proj.weight.grad is not None
     ee.zero_grad()
-
-
-def test_the_compiled_call_of_static_caches() -> None:
-    """What `generate` does by itself on accelerators: `torch.compile` around the whole model."""
-    graphs: list[Any] = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph
-
-    compiled = CompileConfig(backend=backend, mode=None)  # type: ignore[arg-type]
-    compiled._compile_all_devices = True  # type: ignore[assignment]
-    ee = prepared(small("llama")[1], "auto")
-    options = {**GREEDY, "max_new_tokens": 3, "cache_implementation": "static"}
-    want = says(ee, PADDED, options)
-    some_left(ee)
-    try:
-        got = says(ee, PADDED, {**options, "compile_config": compiled})
-    finally:
-        ee.__dict__.pop("_compiled_call", None)
-        torch._dynamo.reset()
-    assert graphs
-    assert torch.equal(got, want)

@@ -170,8 +170,16 @@ def _swapped_borders(work: Work) -> None:
     meta.update(second, border=1)
 
 
-def _write_elsewhere(work: Work) -> None:
+def _write_before(work: Work) -> None:
     meta.update(write(work, 1), layer=0)
+
+
+def _write_behind(work: Work) -> None:
+    meta.update(write(work, 1), layer=2)
+
+
+def _write_outside(work: Work) -> None:
+    meta.update(write(work, 1), layer=PROLOGUE)
 
 
 def _border_within_attention(work: Work) -> None:
@@ -185,7 +193,9 @@ def _border_within_attention(work: Work) -> None:
     [
         (_no_border, "out of order"),
         (_swapped_borders, "out of order"),
-        (_write_elsewhere, "cache layer 1 is written in layer 0"),
+        (_write_before, "kv_1 is not written in layer 0"),
+        (_write_behind, "kv_1 is not written in layer 2"),
+        (_write_outside, "kv_1 is written outside of the layers"),
         (_border_within_attention, r"no \[batch, tokens, hidden\]"),
     ],
 )

@@ -92,7 +92,8 @@ def _first_exit_twice(work: Work) -> None:
 
 def _key_and_value_swapped(work: Work) -> None:
     node = write(work, 2)
-    node.update_arg(4, list(reversed(node.args[4])))  # type: ignore[arg-type]
+    key, value, *others = node.args[4]  # type: ignore[misc]
+    node.update_arg(4, [value, key, *others])
 
 
 def _no_block(work: Work) -> None:
@@ -105,10 +106,10 @@ def _no_block(work: Work) -> None:
 @pytest.mark.parametrize(
     ("spoil", "match"),
     [
-        (_forget_one, "cache layer 2 lacks synthesized keys"),
-        (_no_block, "cache layer 1 lacks synthesized keys"),
-        (_first_exit_twice, "cache layer 2"),
-        (_key_and_value_swapped, "cache layer 2"),
+        (_forget_one, "kv_2 lacks synthesized values"),
+        (_no_block, "kv_1 lacks synthesized values"),
+        (_first_exit_twice, "kv_2 lacks"),
+        (_key_and_value_swapped, "kv_2 lacks"),
     ],
 )
 def test_a_broken_guarantee_is_caught(spoil, match: str) -> None:  # type: ignore[no-untyped-def]

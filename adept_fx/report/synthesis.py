@@ -1,0 +1,128 @@
+"""Reads off an exit point's KV graph what it computes, and how."""
+
+from collections import defaultdict
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import Node
+
+from adept_fx.graph import meta
+from adept_fx.graph.blocks import Synthesis
+from adept_fx.graph.kv_projections import KVProjection, kv_projections, without_numbers
+from adept_fx.ops.project import project_heads, project_layers, project_stacked
+from adept_fx.report import explanation as facts
+from adept_fx.report.layers import heads_and_width, outputs
+from adept_fx.report.weights import tensors, used
+
+_aten = torch.ops.aten
+_LINEAR = _aten.linear.default
+# Calls that multiply by a weight, and the place of the states among their arguments.
+_STATES: dict[Any, int] = {
+    _LINEAR: 0,
+    _aten.addmm.default: 1,
+    _aten.mm.default: 0,
+    _aten.matmul.default: 0,
+    F.linear: 0,
+    project_heads: 0,
+    project_layers: 0,
+    project_stacked: 0,
+}
+_KINDS = {"kv": "key_value", "indexer": "index_key", "mixer": "mixer_input"}
+
+
+def slots(block: Synthesis, writer: dict[str, int]) -> tuple[facts.Slot, ...]:
+    """What each skipped layer is owed.
+
+    Args:
+        block: The exit point's synthesis.
+        writer: The layer that writes each slot.
+    """
+    values = iter(outputs(block))
+    return tuple(
+        facts.Slot(
+            writer[slot],
+            _KINDS[slot.rpartition("_")[0]],
+            tuple(heads_and_width(value) for value in islice(values, count)),
+        )
+        for slot, count in block.slots.items()
+    )
+
+
+def nodes(block: Synthesis) -> int:
+    """Number of operations."""
+    return sum(node.op == "call_function" for node in block.graph.graph.nodes)
+
+
+def projections(block: Synthesis) -> tuple[facts.Projection, ...]:
+    """How the layers' projections are computed."""
+    products: dict[str, dict[Node, Node]] = defaultdict(dict)
+    for weight in tensors(block):
+        product = _product(weight)
+        if product is not None:
+            products[without_numbers(meta.get(weight).source or "")][weight] = product
+    return tuple(
+        _projection(item, products[item.weight], block)
+        for item in kv_projections(block.graph.graph)
+    )
+
+
+def _product(weight: Node) -> Node | None:
+    """The first call that multiplies by a weight, behind views and casts of it."""
+    reader = weight
+    while reader.users and reader.target not in _STATES:
+        reader = next(iter(reader.users))
+    return reader if reader.target in _STATES else None
+
+
+def _projection(
+    item: KVProjection, products: dict[Node, Node], block: Synthesis
+) -> facts.Projection:
+    found = [_columns(weight, product) for weight, product in products.items()]
+    computed, columns = max(found, key=lambda pair: pair[1])  # should the layers differ
+    return facts.Projection(
+        weight=item.weight,
+        layers=item.layers,
+        form=item.form,
+        computed=computed,
+        columns=columns,
+        reason=item.note or _reason(item, products, block),
+    )
+
+
+def _columns(weight: Node, product: Node) -> tuple[int, int]:
+    """Output columns that are computed, and that there are, whichever axis holds them."""
+    states: Any = product.args[_STATES[product.target]]
+    first = states[0] if isinstance(states, (list, tuple)) else states
+    layers = weight.meta["val"].shape[0] if product.target is project_stacked else 1
+    rows = int(first.meta["val"].shape[-1]) * layers
+    return used(weight) // rows, weight.meta["val"].numel() // rows
+
+
+def _reason(item: KVProjection, products: dict[Node, Node], block: Synthesis) -> str:
+    """Why projections are not merged, or will not be one product when they are."""
+    if item.form == "merged":
+        known = tensors(block)
+        kinds = {type(known[weight]).__name__ for weight in products} - {nn.Parameter.__name__}
+        return f"{', '.join(sorted(kinds))} keeps its own layout" if kinds else ""
+    if item.form == "cut":
+        return "a part of a weight cannot be merged"
+    return _why_plain(item, products) if item.form == "plain" else ""
+
+
+def _why_plain(item: KVProjection, products: dict[Node, Node]) -> str:
+    """The condition of ``merge_projections`` that does not hold."""
+    other = {str(p.target) for p in products.values() if p.target is not _LINEAR}
+    if other:
+        return f"only linear is merged, not {', '.join(sorted(other))}"
+    if item.layers == 1:
+        return "no other layer has one"
+    own = [meta.get(i).source for p in products.values() for i in p.args[1:] if isinstance(i, Node)]
+    if None in own:
+        return "weight or bias is computed in the forward"
+    values = [weight.meta["val"] for weight in products]
+    if len({(tuple(value.shape), value.dtype) for value in values}) > 1:
+        return "the layers' weights differ in shape or dtype"
+    return "one layer's depends on another's"
