@@ -92,14 +92,14 @@ def test_what_a_gate_may_see(plan: str, monkeypatch: pytest.MonkeyPatch) -> None
     set_up(ee, [SCORES], plan)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "cohere", "gemma3_text"])
+@pytest.mark.parametrize("model_type", ["llama", "cohere", "gemma3_text", "gpt2", "mixtral"])
 def test_logits_are_what_the_model_would_say_there(model_type: str) -> None:
-    """With the head's scale (cohere) and soft cap (gemma)."""
+    """With the head's scale (cohere) and soft cap (gemma); gpt2 and mixtral read more outputs."""
     gate, config = Spy("logits"), ExitConfig(exits=EXITS, threshold=0.5)
     model, ee = raw("llama"), rewritten("llama")
     if model_type != "llama":
-        extra: dict[str, Any] = {"cohere": {}, "gemma3_text": {"final_logit_softcapping": 2.0}}
-        model = tiny(model_type, **extra[model_type])
+        extra: dict[str, Any] = {"gemma3_text": {"final_logit_softcapping": 2.0}}
+        model = tiny(model_type, **extra.get(model_type, {}))
         ee = adept_fx.transform(model, config)
     ee.adept.set_gates(gate)
     ee.adept.thresholds = 0.5

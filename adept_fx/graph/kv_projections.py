@@ -47,11 +47,6 @@ class KVProjection:
     form: str
     note: str = ""
 
-    def __str__(self) -> str:
-        """One line."""
-        layers = f"{self.layers} layer{'s' * (self.layers != 1)}"
-        return f"{self.weight}: {self.form}, {layers}" + (f" ({self.note})" if self.note else "")
-
 
 def without_numbers(name: str) -> str:
     """A parameter's name with ``*`` in place of the layer's number (and of others)."""

@@ -92,7 +92,7 @@ def call_by_function(graph: fx.Graph, kinds: dict[Node, str]) -> None:
             if call is None or user.args[call.weight] is not weight:
                 raise UnsupportedModelError(
                     f"the decoder computes {user.target} with {meta.get(weight).source}, "
-                    f"which is a {kind}",
+                    f"a tensor of class {kind}",
                     hint="quantize linear layers and embeddings only",
                 )
             user.args = tuple(user.args[at] for at in call.order if at < len(user.args))

@@ -11,7 +11,7 @@ from torch.fx import Node
 from adept_fx.graph.blocks import Block, Stage, Synthesis
 from adept_fx.graph.symbols import expression
 from adept_fx.ops import tokens as ops
-from adept_fx.report import explanation as facts
+from adept_fx.report import facts
 from adept_fx.report.layers import outputs, stages
 
 
@@ -39,10 +39,10 @@ def _is_synthesis(node: Node, graph: fx.GraphModule) -> bool:
 
 
 def _names(stage: Stage) -> dict[sympy.Expr, str]:
-    """What sizes are called: the second input of a stage is ``[B, S, D]``."""
+    """What the symbols of sizes are called: the second input of a stage is ``[B, S, D]``."""
     hidden = stage.graph.graph.find_nodes(op="placeholder")[1].meta["val"]
     batch, tokens = (expression(size) for size in hidden.shape[:2])
-    return {batch: "B", tokens: "S", batch * tokens: "B*S"}
+    return {batch: "B", tokens: "S"}
 
 
 def _crossing(
@@ -64,10 +64,10 @@ def _origin(node: Node, graph: fx.GraphModule) -> tuple[str, Tensor | None]:
             origin = block.extra_repr() if isinstance(block, Stage) else "prologue"
             return origin, outputs(block)[at].meta.get("val")  # type: ignore[index]
     for user in node.users:
-        block = graph.get_submodule(str(user.target)) if user.op == "call_module" else None
-        if isinstance(block, Block):
-            at = user.args.index(node) - isinstance(block, Synthesis)
-            return "call", block.graph.graph.find_nodes(op="placeholder")[at].meta.get("val")
+        reader = graph.get_submodule(str(user.target)) if user.op == "call_module" else None
+        if isinstance(reader, Block):
+            at = user.args.index(node) - isinstance(reader, Synthesis)
+            return "call", reader.graph.graph.find_nodes(op="placeholder")[at].meta.get("val")
     return "call", None
 
 
@@ -75,4 +75,6 @@ def _size(size: Any, names: dict[sympy.Expr, str]) -> int | str:
     expr = expression(size)
     if expr.is_Integer:
         return int(expr)
-    return names.get(expr, "T")
+    if not all(part.is_Atom for part in expr.args):
+        return "?"
+    return str(expr.subs({s: sympy.Symbol(names.get(s, "T")) for s in expr.free_symbols}))

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import nn
 
@@ -10,9 +9,9 @@ from adept_fx.gates.base import Gate
 from adept_fx.gates.registry import GATES
 from adept_fx.graph.blocks import Block, Synthesis
 from adept_fx.pipeline import Program
-from adept_fx.report import explanation as facts
-from adept_fx.report import synthesis
+from adept_fx.report import facts, synthesis
 from adept_fx.report.crossing import crossing
+from adept_fx.report.explanation import Explanation
 from adept_fx.report.layers import Layers, stages
 from adept_fx.report.notes import notes
 from adept_fx.report.weights import Weights, parameters
@@ -24,7 +23,7 @@ def describe(
     decoder: nn.Module,
     exits: Sequence[int],
     gates: Sequence[Gate],
-) -> facts.Explanation:
+) -> Explanation:
     """Explains a program.
 
     Args:
@@ -36,7 +35,7 @@ def describe(
     """
     description = _Description(program, decoder, exits)
     layers = description.layers
-    return facts.Explanation(
+    return Explanation(
         model=type(model).__name__,
         decoder=type(decoder).__name__,
         num_layers=program.num_layers,

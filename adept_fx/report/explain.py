@@ -13,12 +13,13 @@ from adept_fx.errors import AdeptError
 from adept_fx.gates.base import Gate
 from adept_fx.inspect_model import find_decoder
 from adept_fx.model_facts import layer_count
-from adept_fx.report import explanation as facts
+from adept_fx.report.explanation import Explanation
+from adept_fx.report.facts import Refusal
 from adept_fx.report.weights import parameters
 from adept_fx.rewrite import transform
 
 
-def explain(model: nn.Module, config: ExitConfig | None = None) -> facts.Explanation:
+def explain(model: nn.Module, config: ExitConfig | None = None) -> Explanation:
     """Says what ``transform(model, config)`` would make of a model, or why it refuses it.
 
     A dry run: ``model`` stays as it is. It needs no weights, so that a model on the meta device
@@ -38,7 +39,7 @@ def explain(model: nn.Module, config: ExitConfig | None = None) -> facts.Explana
     """
     try:
         with _unchanged(model, config):
-            explanation: facts.Explanation = transform(model, config).adept.explain()
+            explanation: Explanation = transform(model, config).adept.explain()
             return explanation
     except AdeptError as error:
         return _refused(model, error)
@@ -60,19 +61,19 @@ def _unchanged(model: Any, config: Any) -> Iterator[None]:
             part.training = training
 
 
-def _refused(model: Any, error: AdeptError) -> facts.Explanation:
+def _refused(model: Any, error: AdeptError) -> Explanation:
     """As much as can be said of a model that is refused."""
     decoder, layers = None, None
     if isinstance(model, PreTrainedModel):
         with suppress(AdeptError):
             decoder = find_decoder(model)
             layers = layer_count(decoder)
-    return facts.Explanation(
+    return Explanation(
         model=type(model).__name__,
         decoder=None if decoder is None else type(decoder).__name__,
         num_layers=layers,
         parameters=None if decoder is None else parameters(decoder),
-        refusal=facts.Refusal(
+        refusal=Refusal(
             step=error.step or "model",
             error=type(error).__name__,
             message=error.message,

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 from torch.fx import Node
+from transformers import masking_utils
 
 from adept_fx.graph import meta
 from adept_fx.graph.blocks import AttentionRegion, Block, MixerRegion, Stage
@@ -15,11 +16,15 @@ from adept_fx.intercept import FULL
 from adept_fx.ops import tokens as ops
 from adept_fx.ops.attention import Attention
 from adept_fx.pipeline import Program
-from adept_fx.report import explanation as facts
+from adept_fx.report import facts
 
 RECURRENT = "recurrent"
-# Where a mask function of transformers looks its window up in the config.
-_WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+# Mask functions of transformers that leave out distant tokens: the kind of attention, and the field
+# of the config that has the window.
+_NARROW: dict[Any, tuple[str, str]] = {
+    masking_utils.create_sliding_window_causal_mask: ("sliding_attention", "sliding_window"),
+    masking_utils.create_chunked_causal_mask: ("chunked_attention", "attention_chunk_size"),
+}
 
 
 @dataclass
@@ -54,7 +59,8 @@ class Layers:
         self.mixers: dict[int, list[Any]] = defaultdict(list)
         self._found: dict[int, _Found] = defaultdict(_Found)
         for call, stage in stages(program.graph):
-            outer = dict(zip(stage.graph.graph.find_nodes(op="placeholder"), call.args, strict=False))
+            inputs = stage.graph.graph.find_nodes(op="placeholder")
+            outer = dict(zip(inputs, call.args, strict=False))  # the model's tensors follow
             for node in stage.graph.graph.nodes:
                 self._read(node, stage, outer)
 
@@ -92,15 +98,17 @@ class Layers:
         self, node: Node, region: AttentionRegion, layer: int, outer: dict[Node, Any]
     ) -> None:
         found = self._found[layer]
-        calls = [part.call[0] for part in region.graph.modules() if isinstance(part, Attention)]
-        names = [getattr(call.function, "__name__", type(call.function).__name__) for call in calls]
-        found.attention.update(dict.fromkeys(names))
-        found.own_attention |= not calls
         slots = [
             _read_slot(value)
             for value, kind in zip(node.args[1:], region.kinds, strict=True)
             if kind == "cached"
         ]
+        if not any(slot.startswith("kv_") for slot in slots):
+            return  # it only chooses which keys to attend to
+        calls = [part.call[0] for part in region.graph.modules() if isinstance(part, Attention)]
+        names = [getattr(call.function, "__name__", type(call.function).__name__) for call in calls]
+        found.attention.update(dict.fromkeys(names))
+        found.own_attention |= not calls
         kind, window = self._kind(slots, [outer.get(i) for i in node.all_input_nodes])
         found.kinds[kind] = None
         found.window = window if window is not None else found.window
@@ -111,9 +119,9 @@ class Layers:
         for item in inputs:
             mask = self.program.masks.get(item.name) if isinstance(item, Node) else None
             if mask is not None:
-                config = mask.keywords.get("config")
-                window = getattr(config, _WINDOWS.get(mask.key, ""), None)
-                return mask.key, window if isinstance(window, int) else None
+                kind, name = _NARROW.get(mask.function, (FULL, ""))
+                window = getattr(mask.keywords.get("config"), name, None)
+                return kind, window if isinstance(window, int) else None
         return self.program.kinds.get(int(slots[0].rpartition("_")[2]), FULL), None
 
     def _mixer(self, region: MixerRegion, layer: int) -> None:

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from adept_fx.gates.base import Gate
 from adept_fx.intercept.masks import RECURRENT
 from adept_fx.pipeline import Program
-from adept_fx.report import explanation as facts
-from adept_fx.report.text import count, named
+from adept_fx.report import facts
+from adept_fx.report.words import count, named
 from adept_fx.runtime.masks import fits_rows
 
 
@@ -41,7 +41,8 @@ def notes(
 def _attention(layers: Sequence[facts.Layer]) -> Iterator[str]:
     own = [layer.index for layer in layers if layer.own_attention]
     if own:
-        yield f"attention of {named('layer', own)} is the model's own code: no kernel can be chosen for it"
+        where = named("layer", own)
+        yield f"attention of {where} is the model's own code: no kernel can be chosen for it"
 
 
 def _masks(program: Program) -> Iterator[str]:
@@ -61,7 +62,8 @@ def _masks(program: Program) -> Iterator[str]:
 def _mixers(layers: Sequence[facts.Layer]) -> Iterator[str]:
     found = [layer.index for layer in layers if layer.mixer]
     if found:
-        yield f"the recurrent modules of {named('layer', found)} run on all tokens, also on those that left"
+        where = named("layer", found)
+        yield f"the recurrent modules of {where} run on all tokens, also on those that left"
 
 
 def _calls(program: Program) -> Iterator[str]:

@@ -13,7 +13,7 @@ from adept_fx.graph import meta
 from adept_fx.graph.blocks import Synthesis
 from adept_fx.graph.kv_projections import KVProjection, kv_projections, without_numbers
 from adept_fx.ops.project import project_heads, project_layers, project_stacked
-from adept_fx.report import explanation as facts
+from adept_fx.report import facts
 from adept_fx.report.layers import heads_and_width, outputs
 from adept_fx.report.weights import tensors, used
 

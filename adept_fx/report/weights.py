@@ -113,6 +113,7 @@ def _part(weight: Node, user: Node) -> tuple[int, torch.Tensor] | None:
         axis, user = 1, next(iter(user.users))
     if user.target is not project_heads:
         return None
-    start, size, stride = user.args[3:]
+    arguments = user.args
+    start, size, stride = arguments[3:]
     groups = torch.arange(shape[axis], device="cpu").unflatten(0, (-1, stride))
     return axis, groups[:, start : start + size].flatten()

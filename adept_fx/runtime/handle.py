@@ -185,7 +185,8 @@ class Adept(nn.Module):
         def logits(hidden: Tensor) -> Tensor:
             if head is None:
                 raise InputError("this handle belongs to no model")
-            return head(program.graph.epilogue, hidden)  # type: ignore[arg-type]
+            norm: Any = program.graph.epilogue
+            return head(norm, hidden, program.output_type)
 
         return Settings(
             exits=self.config.exit_layers,
@@ -225,23 +226,23 @@ class Adept(nn.Module):
 
     def __repr__(self) -> str:
         """A summary of the model, its exits and its settings, of at most 40 lines."""
-        from adept_fx.report import text
+        from adept_fx.report import text, words
 
         runs = self._settings_in_words()
         program = self._forward.used if self._links else None
         if program is None:
-            return text.plain([("exits", text.ranges(self.config.exit_layers)), *runs])
+            return text.plain([("exits", words.ranges(self.config.exit_layers)), *runs])
         return text.plain(text.rows(self._explanation(program), runs))
 
     def _settings_in_words(self) -> list[tuple[str, str]]:
         def short(values: Sequence[float]) -> str:
             return ", ".join(map(str, values if len(set(values)) > 1 else values[:1]))
 
-        found = [("thresholds", short(self._thresholds))]
+        thresholds = short(self._thresholds)
         if self._prefill_thresholds != self._thresholds:
-            found[0] = ("thresholds", f"{found[0][1]}; in prefill {short(self._prefill_thresholds)}")
+            thresholds += f"; in prefill {short(self._prefill_thresholds)}"
         off = ", exits off for now" if self._disabled else ""
-        return [*found, ("plan", f"{self._plan}, kv {self.config.kv}{off}")]
+        return [("thresholds", thresholds), ("plan", f"{self._plan}, kv {self.config.kv}{off}")]
 
 
 def _fill_missing(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

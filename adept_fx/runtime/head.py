@@ -5,7 +5,6 @@ import inspect
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from adept_fx.errors import UnsupportedModelError
 from adept_fx.shell import path_to, rebuild
@@ -14,13 +13,14 @@ from adept_fx.shell import path_to, rebuild
 class _Stub(nn.Module):
     """A decoder that returns its ``inputs_embeds`` as the last hidden state."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, output_type: type) -> None:
         super().__init__()
         self.config = config
+        self.output_type = output_type
 
-    def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> BaseModelOutputWithPast:
+    def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> Any:
         """Returns what it was given."""
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+        return self.output_type(last_hidden_state=inputs_embeds)
 
 
 class Head:
@@ -55,17 +55,23 @@ class Head:
                 hint="transform the model with its head, or use a gate on the hidden state",
             )
 
-    def __call__(self, norm: nn.Module, hidden: Tensor) -> Tensor:
-        """Logits ``[N, V]`` that tokens with states ``hidden [N, D]`` would emit."""
+    def __call__(self, norm: nn.Module, hidden: Tensor, output_type: type) -> Tensor:
+        """Logits ``[N, V]`` that tokens with states ``hidden [N, D]`` would emit.
+
+        Args:
+            norm: What stands between the last layer and the head.
+            hidden: The states.
+            output_type: Class of the decoder's output, which the head reads.
+        """
         self.check()
         # Every token is a row of its own: heads that pool a row see that token alone.
         final = norm(hidden.unsqueeze(1))
-        logits: Tensor = self._whole()(inputs_embeds=final, **self.keywords).logits
+        logits: Tensor = self._whole(output_type)(inputs_embeds=final, **self.keywords).logits
         return logits[:, -1] if logits.ndim == 3 else logits
 
-    def _whole(self) -> nn.Module:
+    def _whole(self, output_type: type) -> nn.Module:
         """The model around a decoder that does nothing; built again if the model has changed."""
-        seen: list[Any] = []
+        seen: list[Any] = [output_type]
         module = self.model
         for name in self.path:
             seen += [*module._modules.values(), getattr(module, "config", None)]
@@ -76,7 +82,7 @@ class Head:
             or len(built[0]) != len(seen)
             or any(a is not b for a, b in zip(built[0], seen, strict=True))
         ):
-            whole: Any = rebuild(self.model, self.path, _Stub(self.decoder.config))
+            whole: Any = rebuild(self.model, self.path, _Stub(self.decoder.config, output_type))
             if getattr(whole.config, "pad_token_id", 0) is None:
                 # Pooling heads ask for it where there are several rows; one token needs none.
                 whole.__dict__["config"] = copy.copy(whole.config)

@@ -7,7 +7,6 @@ from functools import cache
 import pytest
 import torch
 
-from adept_fx.errors import UnsupportedModelError
 from adept_fx.graph.base import Work
 from adept_fx.graph.runner import run_passes
 from adept_fx.passes.normalize import Normalize
@@ -76,23 +75,16 @@ def test_nothing_but_values_is_left(kind: str, layers: int) -> None:
         assert not getattr(schema, "is_mutable", False), f"{node.name} writes in place"
 
 
-def test_other_uses_of_input_ids_are_refused_with_their_place() -> None:
+def test_other_uses_of_input_ids_make_it_an_input_beside_the_embedding() -> None:
     work = before(Normalize, "llama", 3)
-    site = next(
-        node
-        for node in work.graph.graph.nodes
-        if any(".layers.1.mlp" in path for path, _ in _stack(node))
-        and node.target is aten.mul.Tensor
-    )
+    site = next(node for node in work.graph.graph.nodes if node.target is aten.silu.default)
     number = insert(site, aten.unsqueeze.default, named(work, "input_ids"), -1, like=site)
     scaled = insert(number, aten.mul.Tensor, site, number, like=site)
     site.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
-    with pytest.raises(UnsupportedModelError, match=r"input_ids besides .*layers\.1\.mlp"):
-        run_passes(work, [Normalize()])
-
-
-def _stack(node: torch.fx.Node) -> list[tuple[str, str]]:
-    return list((node.meta.get("nn_module_stack") or {}).values())
+    run_passes(work, [Normalize()])
+    assert list(named(work, "input_ids").users) == [number]
+    assert named(work, "inputs_embeds").op == "placeholder"
+    assert not work.find(aten.embedding.default)
 
 
 def _embeds(work: Work) -> torch.fx.Node:
