@@ -29,7 +29,7 @@ def refuse(model: nn.Module) -> None:
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a transformers model",
-            hint="pass a PreTrainedModel; of a wrapper, the model inside (get_base_model() of PEFT)",
+            hint="pass a PreTrainedModel; of a wrapper, the model inside (PEFT: get_base_model())",
         )
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(

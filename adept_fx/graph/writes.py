@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+import adept_fx.ops  # noqa: F401 -- defines the marker ops
 from adept_fx.graph import meta
 from adept_fx.graph.meta import PROLOGUE
 

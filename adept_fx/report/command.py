@@ -83,9 +83,10 @@ def _model(subject: str) -> Any:
     try:
         if is_model_type(subject):
             return build(subject)
+        auto: Any = AutoModelForCausalLM
         config = AutoConfig.from_pretrained(subject)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config).eval()
+            return auto.from_config(config).eval()
     except Exception as error:  # transformers, and the model's own code, raise anything
         reason = (str(error).splitlines() or [""])[0]
         raise ConfigError(

@@ -109,20 +109,22 @@ class Layers:
         names = [getattr(call.function, "__name__", type(call.function).__name__) for call in calls]
         found.attention.update(dict.fromkeys(names))
         found.own_attention |= not calls
-        kind, window = self._kind(slots, [outer.get(i) for i in node.all_input_nodes])
+        found.reads_keys_of |= {self.writer[slot] for slot in slots} - {layer}
+        kind, window = self._kind(slots[0], [outer.get(i) for i in node.all_input_nodes])
         found.kinds[kind] = None
         found.window = window if window is not None else found.window
-        found.reads_keys_of |= {self.writer[slot] for slot in slots} - {layer}
 
-    def _kind(self, slots: list[str], inputs: list[Any]) -> tuple[str, int | None]:
-        """By the mask that the layer reads, or else by the cache that it writes to."""
+    def _kind(self, slot: str, inputs: list[Any]) -> tuple[str, int | None]:
+        """By the mask that a layer reads, or else by the keys that it reads."""
         for item in inputs:
             mask = self.program.masks.get(item.name) if isinstance(item, Node) else None
             if mask is not None:
                 kind, name = _NARROW.get(mask.function, (FULL, ""))
                 window = getattr(mask.keywords.get("config"), name, None)
                 return kind, window if isinstance(window, int) else None
-        return self.program.kinds.get(int(slots[0].rpartition("_")[2]), FULL), None
+        writer = self._found[self.writer[slot]]
+        kind = self.program.kinds.get(int(slot.rpartition("_")[2]), FULL)
+        return kind, writer.window if kind in writer.kinds else None
 
     def _mixer(self, region: MixerRegion, layer: int) -> None:
         call = region.mixer.call[0]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 Row: TypeAlias = tuple[str, str]
 
 # Most rows of each section: longer ones lose their middle. Exits come with a stage each.
-_LAYERS, _EXITS, _PROJECTIONS, _CROSSING, _NOTES = 7, 7, 5, 3, 5
+_LAYERS, _EXITS, _PROJECTIONS, _CROSSING, _NOTES = 6, 7, 8, 3, 4
 _LINES = 6  # of an error's message: those of torch.export go on with a stack
 _STYLES = {"refused": "bold yellow", "slow": "bold yellow"}
 

@@ -100,7 +100,7 @@ def test_mixed_exits_equal_the_oracle(name: str, real: Tensor, leave: float) -> 
     [("eager", "dynamic"), ("eager", "static"), ("flex_attention", "dynamic")],
 )
 def test_texts(name: str, cache: str) -> None:
-    model, ee = small("gemma3_text")
+    model, ee = small("mistral")
     options = {**GREEDY, "max_new_tokens": 5, "cache_implementation": cache}
     with attending(name, ee, model):
         never = says(prepared(ee, "dense", threshold=1.0), PADDED, options)

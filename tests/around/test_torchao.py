@@ -36,7 +36,8 @@ DYNAMIC = "Int8DynamicActivationInt8WeightConfig"
 def config(name: str) -> Any:
     if name == "int4":  # four bits, unpacked: the kernels for packed ones need CUDA
         group = quantization.PerGroup(32)
-        return quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=group)
+        kind: Any = torch.int4  # type: ignore[attr-defined]
+        return quantization.IntxWeightOnlyConfig(weight_dtype=kind, granularity=group)
     return getattr(quantization, name)()
 
 
@@ -146,7 +147,7 @@ def test_adapters_on_quantized_weights() -> None:
 def test_packed_int4() -> None:
     """The kernels for packed four-bit weights need CUDA, and groups of at least 32."""
     name = {"int4_packing_format": "tile_packed_to_4d", "group_size": 32}
-    model = tiny("llama", torch.bfloat16, LAYERS, hidden_size=256, intermediate_size=256)
+    model: Any = tiny("llama", torch.bfloat16, LAYERS, hidden_size=256, intermediate_size=256)
     quantization.quantize_(model.to("cuda"), quantization.Int4WeightOnlyConfig(**name))
     ee = prepared(transformed(model), "dense", threshold=1.0)
     inputs = {key: value.to("cuda") for key, value in PADDED.items()}
@@ -158,11 +159,11 @@ def test_packed_int4() -> None:
 
 
 def test_other_uses_of_a_quantized_weight_are_refused() -> None:
-    """Tables of experts are multiplied by kernels of their own."""
-    model = tiny("mixtral", layers=LAYERS, intermediate_size=64)
-    for layer in model.model.layers:
-        table = layer.mlp.experts.down_proj
-        like = quantization.Int8Tensor.from_hp(table.detach(), quantization.PerRow())
-        layer.mlp.experts.down_proj = nn.Parameter(like, requires_grad=False)
-    with pytest.raises(UnsupportedModelError, match=r"down_proj.*of class Int8Tensor"):
+    """GPT-2's layers are no linear ones: their weights are transposed."""
+    model: Any = tiny("gpt2", layers=LAYERS)
+    for layer in model.transformer.h:
+        plain = layer.attn.c_attn.weight.detach()
+        weight = quantization.Int8Tensor.from_hp(plain, quantization.PerRow())
+        layer.attn.c_attn.weight = nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(UnsupportedModelError, match=r"addmm.*c_attn.*of class Int8Tensor"):
         transformed(model)

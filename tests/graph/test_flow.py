@@ -13,7 +13,6 @@ from adept_fx.graph.flow import BEFORE, Flow
 from adept_fx.graph.meta import PROLOGUE
 from adept_fx.graph.runner import run_passes
 from adept_fx.passes.find_layers import FindLayers
-from adept_fx.passes.normalize import Normalize
 from toys import LAYERS, NOTE, Noting, NotingLayer, Prepared, Toy, work_of
 
 
@@ -116,10 +115,3 @@ def test_cached_keys_that_are_read_again_are_no_part_of_the_stream() -> None:
     assert work.num_layers == LAYERS
     assert meta.get(attend[2]).layer == 2
     assert attend[0].args[1] not in flow_of(work).chain
-
-
-def test_the_pass_before_keeps_what_the_flow_needs() -> None:
-    work = work_of(Prepared, Normalize)
-    run_passes(work, [Normalize()])
-    names = {n.name for n in work.graph.graph.find_nodes(op="placeholder")}
-    assert {"input_ids", "inputs_embeds"} <= names
