@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch.fx import Node
 
+from adept_fx.graph import meta
 from adept_fx.graph.base import Work
 from adept_fx.graph.runner import run_passes
 from adept_fx.graph.symbols import free_symbols
+from adept_fx.ops.attention import Attention
 from adept_fx.passes.fold_attention import FoldAttention
+from toys import LAYERS, Twice, work_of
 
 from .check import (
     assert_caught,
@@ -50,6 +53,32 @@ def test_keys_stay_in_their_region(kind: str, layers: int) -> None:
             readers = {user.op for user in node.users}
             cached = node.args[0] in work.find(_WRITE)
             assert not cached or readers == {"call_module"}, node.format_node()
+
+
+def test_a_layer_that_attends_twice_has_one_region_with_two_results() -> None:
+    work = work_of(Twice, FoldAttention)
+    scales = [call.keywords["scaling"] for call in work.attentions]
+    assert check_pass(FoldAttention, work) == {"writes": LAYERS, "folded": LAYERS}
+    for layer, call in enumerate(work.graph.graph.find_nodes(op="call_module")):
+        results = list(call.users)
+        assert [(node.target, node.args[1]) for node in results] == [(_getitem, 0), (_getitem, 1)]
+        assert len(call.meta["val"]) == 2
+        region = work.graph.get_submodule(str(call.target))
+        found = [m.call[0].keywords["scaling"] for m in region.modules() if isinstance(m, Attention)]
+        assert found == scales[2 * layer : 2 * layer + 2]
+        assert found[1] == pytest.approx(3 * found[0])
+
+
+def test_a_layer_may_read_the_keys_of_an_earlier_one() -> None:
+    work = before(FoldAttention, "llama", 3)
+    first, last = work.find(ATTENTION)[0], work.find(ATTENTION)[2]
+    last.args = (last.args[0], *first.args[1:3], *last.args[3:])
+    check_pass(FoldAttention, work)
+    regions = work.graph.graph.find_nodes(op="call_module")
+    assert [meta.get(call).layer for call in regions] == [0, 1, 2]
+    assert regions[2].args[:2] == regions[0].args[:2]
+    assert [call.args[0].args[0].args[3] for call in regions] == [0, 1, 0]
+    assert work.queries == {at: (f"attention_{at}", 2) for at in range(3)}
 
 
 def _keys(work: Work) -> Node:
