@@ -33,11 +33,12 @@ class Normalize(Pass):
     """Leaves only what computes values, with the graph's inputs made explicit.
 
     Before: ``embed(embedding(weight, input_ids))``, ``mask(...)``, assertions, no-op casts.
-    After: placeholders ``inputs_embeds`` and ``mask_<i>_<kind>``; no assertion, no cast that does
-    nothing, no dropout in eval mode; ``view`` is ``reshape``, since a compacted value may have
-    other strides.
+    After: placeholders ``inputs_embeds`` and ``mask_<i>_<kind>``; no assertion, no cast or slice
+    that does nothing, no dropout in eval mode; ``view`` is ``reshape``, since a compacted value may
+    have other strides.
 
-    Guarantees: no assertion nodes, no in-place ops, no dead nodes, one ``inputs_embeds``.
+    Guarantees: no assertion nodes, no no-op casts and slices, no in-place ops, no dead nodes, one
+    ``inputs_embeds``.
     """
 
     needs = Stage.CAPTURED
@@ -50,6 +51,7 @@ class Normalize(Pass):
             "assertions": _erase(graph, lambda node: node.target in _ASSERTIONS),
             "casts": _bypass(graph, _is_noop_cast),
             "dropouts": _bypass(graph, _is_noop_dropout),
+            "slices": _bypass(graph, _is_noop_slice),
             "views": _views_to_reshapes(graph),
             "inputs": _embedding_to_input(graph) + _masks_to_inputs(graph, work),
             "sizes": _sizes_of_input(graph, work),
@@ -60,7 +62,7 @@ class Normalize(Pass):
     def ensures(self, work: Work) -> None:
         """Checks each guarantee."""
         for node in work.graph.graph.nodes:
-            if node.target in _ASSERTIONS or _is_noop_cast(node):
+            if node.target in _ASSERTIONS or _is_noop_cast(node) or _is_noop_slice(node):
                 raise PassError(f"normalize left {node.format_node()}")
             if node.op != "output" and not node.users:
                 kind = "input" if node.op == "placeholder" else "node"
@@ -99,6 +101,19 @@ def _is_noop_cast(node: Node) -> bool:
 def _is_noop_dropout(node: Node) -> bool:
     at = _DROPOUTS.get(node.target)  # type: ignore[call-overload]
     return at is not None and (node.args[at] is False or bool(node.args[1] == 0.0))
+
+
+def _is_noop_slice(node: Node) -> bool:
+    """Whether a slice is all of its input. Of a mask it must go: masks may be None in a call."""
+    if node.target is not _aten.slice.Tensor or node.kwargs:
+        return False
+    start, _, step = (*node.args[2:], None, None, None)[:3]
+    if start not in (None, 0) or step not in (None, 1):
+        return False
+    before, after = (i.meta.get("val") for i in (*node.all_input_nodes[:1], node))
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return False
+    return [expression(size) for size in before.shape] == [expression(s) for s in after.shape]
 
 
 def _views_to_reshapes(graph: fx.Graph) -> int:

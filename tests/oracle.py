@@ -168,13 +168,35 @@ def visible_cache(cache: Any, layer: int, real: Tensor) -> list[tuple[Tensor, Te
     (a window) holds the last ones; one that has more room (static) holds them first.
     """
     keys, values = cache.layers[layer].keys, cache.layers[layer].values
-    seen = real.shape[1]
     assert keys.shape[-2] == values.shape[-2]
-    if keys.shape[-2] >= seen:
-        keys, values = keys[:, :, :seen], values[:, :, :seen]
-    held = real[:, seen - keys.shape[-2] :]
-    rows = range(real.shape[0])
-    return [(keys[row][:, held[row]], values[row][:, held[row]]) for row in rows]
+    return list(zip(_visible(keys, real), _visible(values, real), strict=True))
+
+
+def _visible(value: Tensor, real: Tensor) -> list[Tensor]:
+    """Per row, the entries [..., n, d] of real tokens, of `value` [B, ..., columns, d]."""
+    seen = real.shape[1]
+    value = value[..., :seen, :]
+    held = real[:, seen - value.shape[-2] :]
+    return [value[row][..., held[row], :] for row in range(real.shape[0])]
+
+
+def held(cache: Any, layer: int, real: Tensor) -> dict[str, Tensor]:
+    """All that a layer keeps of its rows' real tokens, by name.
+
+    Keys, values and index keys of all rows in a row; states whole: one per row, they depend on no
+    padding.
+    """
+    kept = cache.layers[layer]
+    found: dict[str, Tensor] = {}
+    for name in ("keys", "values", "indexer_keys"):
+        value = getattr(kept, name, None)
+        if value is not None and value.numel():
+            found[name] = torch.cat(_visible(value, real), dim=-2)
+    for name in ("conv_states", "recurrent_states"):
+        for at, state in (getattr(kept, name, None) or {}).items():
+            if state is not None:
+                found[f"{name} {at}"] = state
+    return found
 
 
 def assert_cache_equal(
@@ -187,12 +209,13 @@ def assert_cache_equal(
     bitwise: bool = False,
     layers: int | None = None,
 ) -> None:
-    """Every layer's keys and values at real tokens (of the first `layers` layers)."""
+    """All that every layer keeps (of the first `layers` layers), see `held`."""
     assert len(got.layers) >= len(want.layers[:layers]), f"{what}: {len(got.layers)} cache layers"
     for layer in range(len(want.layers[:layers])):
-        sides = [visible_cache(c, layer, real) for c in (got, want, truth) if c is not None]
-        for part, name in enumerate(("keys", "values")):
-            tensors = [torch.cat([row[part] for row in side], dim=-2) for side in sides]
+        sides = [held(c, layer, real) for c in (got, want, truth) if c is not None]
+        assert sides[0].keys() == sides[1].keys(), f"{what} layer={layer}: {sides[0].keys()}"
+        for name in sides[1]:
+            tensors = [side[name] for side in sides]
             where = f"{what} layer={layer} {name}"
             if bitwise:
                 assert_same(tensors[0], tensors[1], where)

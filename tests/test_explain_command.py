@@ -42,9 +42,9 @@ def fake(monkeypatch: Any) -> Any:
 
 def test_a_model_type(tmp_path: Path, capsys: Any) -> None:
     file = tmp_path / "found.json"
-    assert cli.main(["explain", "gpt2", "--gate", "cosine", "--json", str(file)]) == 0
+    assert cli.main(["explain", "opt", "--gate", "cosine", "--json", str(file)]) == 0
     printed = capsys.readouterr().out
-    assert "GPT2LMHeadModel, accepted" in printed
+    assert "OPTForCausalLM, accepted" in printed
     assert "gate cosine (reads previous)" in printed
     found = json.loads(file.read_text("utf-8"))
     assert found["accepted"] is True

@@ -13,6 +13,7 @@ from adept_fx.graph.symbols import expression
 from adept_fx.ops import tokens as ops
 from adept_fx.report import facts
 from adept_fx.report.layers import outputs, stages
+from adept_fx.report.words import named
 
 
 def crossing(graph: fx.GraphModule, index: int) -> tuple[facts.Crossing, ...]:
@@ -61,7 +62,7 @@ def _origin(node: Node, graph: fx.GraphModule) -> tuple[str, Tensor | None]:
         call, at = node.args
         block = graph.get_submodule(str(call.target))  # type: ignore[union-attr]
         if isinstance(block, Block):
-            origin = block.extra_repr() if isinstance(block, Stage) else "prologue"
+            origin = named("layer", block.layers) if isinstance(block, Stage) else "prologue"
             return origin, outputs(block)[at].meta.get("val")  # type: ignore[index]
     for user in node.users:
         reader = graph.get_submodule(str(user.target)) if user.op == "call_module" else None

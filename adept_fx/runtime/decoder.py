@@ -109,7 +109,7 @@ class ExitAwareForward:
         weight = self.decoder.get_input_embeddings().weight  # type: ignore[operator]
         extras = extras or {}
         shapes = frozenset((k, tuple(v.shape[2:]), v.dtype) for k, v in extras.items())
-        form: _Form = positions, shapes, autocast_dtype(weight.device)
+        form: _Form = positions, shapes, embeds, autocast_dtype(weight.device)
         found = self._programs.find(form)
         if found is not None:
             return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+
 import pytest
 import torch
 from torch.fx import Node
@@ -85,7 +86,7 @@ def test_a_note_per_row_is_refused() -> None:
 
 
 def test_a_note_behind_the_last_layer_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="what follows the last layer reads .*layer 0"):
+    with pytest.raises(UnsupportedModelError, match=r"what follows the last layer reads .*layer 0"):
         work_of(NotingToTheEnd, None)
 
 

@@ -64,7 +64,9 @@ def test_a_layer_that_attends_twice_has_one_region_with_two_results() -> None:
         assert [(node.target, node.args[1]) for node in results] == [(_getitem, 0), (_getitem, 1)]
         assert len(call.meta["val"]) == 2
         region = work.graph.get_submodule(str(call.target))
-        found = [m.call[0].keywords["scaling"] for m in region.modules() if isinstance(m, Attention)]
+        found = [
+            m.call[0].keywords["scaling"] for m in region.modules() if isinstance(m, Attention)
+        ]
         assert found == scales[2 * layer : 2 * layer + 2]
         assert found[1] == pytest.approx(3 * found[0])
 

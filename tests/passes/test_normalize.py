@@ -91,6 +91,26 @@ def _embeds(work: Work) -> torch.fx.Node:
     return named(work, "inputs_embeds")
 
 
+def test_slices_of_everything_are_dropped_and_others_stay() -> None:
+    work = before(Normalize, "llama", 3)
+    state = work.graph.graph.output_node().all_input_nodes[0]
+    whole = put_behind(state, aten.slice.Tensor, 1, 0, torch.iinfo(torch.int64).max)
+    sized = put_behind(whole, aten.slice.Tensor, 2, 0, state.meta["val"].shape[2])
+    half = put_behind(sized, aten.slice.Tensor, 2, 0, 16)
+    put_behind(half, aten.repeat.default, [1, 1, 2])
+    rotary = sum(n.target is aten.slice.Tensor for n in work.graph.graph.nodes) - 3
+    counts = check_pass(Normalize, work)
+    assert counts["slices"] == 2
+    left = work.find(aten.slice.Tensor)
+    assert len(left) == rotary + 1
+    assert half in left
+    assert half.args[0] is state
+
+
+def _noop_slice(work: Work) -> None:
+    put_behind(_embeds(work), aten.slice.Tensor, 1)
+
+
 def _noop_cast(work: Work) -> None:
     put_behind(_embeds(work), aten.to.dtype, torch.float32)
 
@@ -125,6 +145,7 @@ def _renamed_input(work: Work) -> None:
     ("spoil", "match"),
     [
         (_noop_cast, "normalize left .*aten.to.dtype"),
+        (_noop_slice, "normalize left .*aten.slice"),
         (_assertion, "normalize left .*assert"),
         (_in_place, "writes in place: .*mul_"),
         (_unused_input, "unused input unused"),

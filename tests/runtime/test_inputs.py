@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-from adept_fx.capture import accepts, capture
 from adept_fx.errors import InputError
 from adept_fx.intercept import FULL
 from adept_fx.runtime.call import Call, read_call
@@ -19,6 +18,7 @@ from adept_fx.runtime.inputs import key_length, program_inputs
 from models import WINDOW, tiny
 
 SLIDING = "sliding_attention"
+KINDS = {0: SLIDING, 1: FULL}
 IDS = torch.arange(1, 9).view(2, 4)
 
 
@@ -34,7 +34,7 @@ def called(decoder: Any, **given: Any) -> Call:
 
 
 def inputs(decoder: Any, names: tuple[str, ...], **given: Any) -> list[Any]:
-    program: Any = SimpleNamespace(inputs=names, masks={}, kinds={0: SLIDING, 1: FULL})
+    program: Any = SimpleNamespace(inputs=names, masks={}, kinds=KINDS)
     return program_inputs(program, called(decoder, **given))
 
 
@@ -64,7 +64,7 @@ def test_key_lengths_are_those_that_the_layers_really_see(kind: str) -> None:
     for tokens in (4, 3, 1, 1):
         ids = IDS[:, :1].expand(2, tokens)
         call = called(decoder, input_ids=ids, past_key_values=cache)
-        found = {at: key_length(call, {0: SLIDING, 1: FULL}, k) for at, k in enumerate((SLIDING, FULL))}
+        found = {at: key_length(call, KINDS, kind) for at, kind in KINDS.items()}
         decoder(ids, past_key_values=cache)
         assert found == seen
         lengths.append(found)
@@ -79,7 +79,7 @@ def test_without_a_cache_there_are_as_many_keys_as_tokens() -> None:
     decoder = model().get_decoder()
     call = called(decoder, input_ids=IDS, use_cache=False)
     assert call.cache is None
-    assert key_length(call, {0: SLIDING, 1: FULL}, SLIDING) == IDS.shape[1]
+    assert key_length(call, KINDS, SLIDING) == IDS.shape[1]
 
 
 def test_a_kind_that_no_layer_has_is_as_long_as_the_text() -> None:
@@ -88,7 +88,7 @@ def test_a_kind_that_no_layer_has_is_as_long_as_the_text() -> None:
     with torch.no_grad():
         decoder(IDS, past_key_values=cache)
     call = called(decoder, input_ids=IDS, past_key_values=cache)
-    assert key_length(call, {0: SLIDING, 1: FULL}, "chunked_attention") == 2 * IDS.shape[1]
+    assert key_length(call, KINDS, "chunked_attention") == 2 * IDS.shape[1]
 
 
 def test_lengths_come_as_shapes_and_cost_no_memory() -> None:
@@ -131,13 +131,3 @@ def test_a_decoder_that_computes_with_the_mask_gets_one_of_ones_by_default() -> 
     for other in (padded[:, None, None].expand(2, 1, 4, 8), {FULL: padded}):
         with pytest.raises(InputError, match="the 2-D attention_mask"):
             inputs(decoder, ("attention_mask",), attention_mask=other, **given)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["gpt_neo"])
-def test_key_lengths_become_inputs_where_a_decoder_counts_keys_itself(kind: str) -> None:
-    from adept_fx.check.model import build
-
-    decoder = build(kind).get_decoder()
-    graph = capture(decoder, positions=accepts(decoder, "position_ids")).graph
-    assert any(node.name.startswith("slots_") for node in graph.graph.nodes)
