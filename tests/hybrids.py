@@ -16,6 +16,7 @@ from adept_fx.check.tiny import tiny_config
 from adept_fx.gates import Replay
 from dialogue import THRESHOLD, Case, Script, assert_trace_equal, play, play_oracle, script
 from product import PLANS, play_product
+from toys import Noting, Toy, Twice, toy
 
 # Per type: layers and exits, few and early, so that stages of one layer lie behind each other.
 SIZES: dict[str, tuple[int, tuple[int, ...]]] = {
@@ -26,7 +27,10 @@ SIZES: dict[str, tuple[int, tuple[int, ...]]] = {
     "deepseek_v32": (2, (1,)),  # index keys
     "diffllama": (3, (1, 2)),  # two attention calls on the same keys
     "gpt_neo": (3, (1, 2)),  # counts its keys itself
+    "a note": (3, (1, 2)),  # the first layer makes it, all others read it
+    "two calls": (3, (1, 2)),  # of different scale, on the same keys
 }
+TOYS: dict[str, type[Toy]] = {"a note": Noting, "two calls": Twice}
 STATIC = ("lfm2", "gemma4_text", "gpt_neo")
 CASE = Case(lengths=(9, 4, 7), side="left", steps=0)
 MOODS = ("mixed", "first", "first", "stay", "mixed", "last", "stay")
@@ -65,6 +69,9 @@ def moody(case: Case, exits: int, moods: tuple[str, ...] = MOODS) -> Script:
 
 @cache
 def raw(model_type: str) -> PreTrainedModel:
+    if model_type in TOYS:
+        made: PreTrainedModel = toy(TOYS[model_type], SIZES[model_type][0])
+        return made
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = tiny_config(model_type, SIZES[model_type][0])

@@ -26,7 +26,7 @@ from adept_fx.graph.base import Pass, Work
 from adept_fx.graph.runner import run_passes
 from adept_fx.kv.base import build_policy
 from adept_fx.pipeline import PIPELINE, start
-from models import randomize, tiny, tiny_config
+from models import randomize, tiny
 
 LAYERS, NOTE = 3, 5
 
@@ -53,6 +53,7 @@ class Toy(LlamaModel):
     """Layers in a row, which hand something on besides the state."""
 
     layer_class: type[Layer] = Layer
+    kinds: tuple[str, ...] | None = None  # of the cache's layers, if they are not all alike
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -223,13 +224,10 @@ class EncodingItself(Encoding):
     of_its_own = True
 
 
-def toy_config(layers: int = LAYERS, **fields: Any) -> Any:
-    return tiny_config("llama", layers, **fields)
-
-
 def toy(kind: type[Toy], layers: int = LAYERS) -> Any:
     """A causal LM around such a decoder."""
-    model: Any = tiny("llama", layers=layers)
+    fields = {} if kind.kinds is None else {"layer_types": kind.kinds}
+    model: Any = tiny("llama", layers=layers, **fields)
     model.model = kind(model.config).eval()
     randomize(model, 0)
     return model

@@ -18,64 +18,13 @@ from adept_fx.intercept import CaptureCache, Recorder
 from adept_fx.intercept.cache import RecurrentAccessError, recurrent_layers
 from adept_fx.ops.mixer import CacheArgument, Mixer, MixerCall
 from models import tiny_config
-from toys import Layer, Toy
-
-KINDS = ["conv", "full_attention", "conv"]
-
-
-class Shift(nn.Module):
-    """Adds the token before, which it keeps in the cache."""
-
-    def __init__(self, width: int, at: int) -> None:
-        super().__init__()
-        self.at, self.mix = at, nn.Linear(width, width, bias=False)
-
-    def forward(self, hidden: Tensor, cache: Any = None) -> Tensor:
-        mixed: Tensor = self.mix(hidden)
-        before = mixed.transpose(1, 2)
-        if cache is not None:
-            before = cache.update_conv_state(before, self.at)
-        before = nn.functional.pad(before, (1, 0))[..., -mixed.shape[1] - 1 : -1]
-        return mixed + before.transpose(1, 2)
-
-
-class Outer(nn.Module):
-    """Hands the cache on, and asks it for nothing."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, hidden: Tensor, cache: Any = None) -> Tensor:
-        found: Tensor = self.inner(2 * hidden, cache=cache)
-        return found
-
-
-class ShiftLayer(Layer):
-    """Shifts in some layers, attends in the others."""
-
-    made: type[nn.Module] = Shift
-
-    def __init__(self, config: Any, at: int) -> None:
-        super().__init__(config, at)
-        self.shift = Outer(self.made(config.hidden_size, at)) if KINDS[at] == "conv" else None
-
-    def forward(  # type: ignore[override]
-        self, hidden: Tensor, carried: Tensor | None, **common: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        if self.shift is None:
-            return super().forward(hidden, carried, **common)
-        return hidden + self.shift(hidden, cache=common["past_key_values"]), carried
-
-
-class Shifting(Toy):
-    layer_class = ShiftLayer
+from toy_mixers import Shift, Shifting, ShiftLayer
+from toys import Toy, toy, work_of
 
 
 def shifting(made: type[nn.Module] = Shift) -> Any:
     layer = type("ShiftLayer", (ShiftLayer,), {"made": made})
-    config = tiny_config("llama", len(KINDS), layer_types=KINDS)
-    return type("Shifting", (Shifting,), {"layer_class": layer})(config).eval()
+    return toy(type("Shifting", (Shifting,), {"layer_class": layer})).model
 
 
 def marked(source: Capture) -> list[Any]:
@@ -112,6 +61,21 @@ def test_a_class_is_traced_anew_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_decoder_without_recurrent_layers_is_not_watched() -> None:
     source = capture(Toy(tiny_config("llama", 2)).eval(), positions=True)
     assert source.mixers == []
+
+
+def test_a_gate_cannot_ask_for_keys_of_a_layer_that_has_none() -> None:
+    assert work_of(Shifting, None, (2,), ("key",)).exits == (2,)
+    with pytest.raises(UnsupportedModelError, match="exit 1 needs the key of layer 0"):
+        work_of(Shifting, None, (1,), ("key",))
+
+
+def test_the_mixers_input_is_owed_to_it_where_its_layer_is_skipped() -> None:
+    graph = work_of(Shifting, None, (1,)).graph
+    stage: Any = graph.get_submodule("stage_1")
+    assert [owed.slot for owed in stage.owed] == ["kv_1", "mixer_1"]
+    assert [owed.mixer is None for owed in stage.owed] == [True, False]
+    block: Any = graph.get_submodule("kv_0")
+    assert block.slots == {"kv_1": 2, "mixer_1": 1}
 
 
 class Two(Shift):
