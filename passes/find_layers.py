@@ -77,9 +77,9 @@ def _check_places(work: Work) -> None:
 def _layer_container(work: Work) -> str:
     """The path of the module list that holds the layers, e.g. ``layers``.
 
-    Two cache writes have parameters behind them whose names differ in one number only.
+    Two cache writes have parameters (or mixers) behind them whose names differ in one number only.
     """
-    names = [_sources_behind(write) for write in writes(work.graph.graph.nodes)]
+    names = [_sources_behind(work, write) for write in writes(work.graph.graph.nodes)]
     for first, second in pairwise(names):
         known = {name: name.split(".") for name in first}
         for name in second:
@@ -95,17 +95,17 @@ def _layer_container(work: Work) -> str:
     )
 
 
-def _sources_behind(write: Node) -> list[str]:
-    """Names of the model's tensors behind a cache write, nearest first."""
-    queue, seen, names = list(data_inputs(write)), set(), []
+def _sources_behind(work: Work, write: Node) -> list[str]:
+    """Names of the model's tensors, and of mixers, behind a cache write, nearest first."""
+    queue, seen, names = [write], set(), []
     for node in queue:
         if node in seen:
             continue
         seen.add(node)
-        source = meta.get(node).source
-        if source is not None:
-            names.append(source)
-        queue.extend(node.all_input_nodes)
+        name = meta.get(node).source or _mixer_name(work, node)
+        if name:
+            names.append(name)
+        queue.extend(data_inputs(node))
     return names
 
 

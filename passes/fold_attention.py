@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
-from adept_fx.errors import PassError
+from adept_fx.errors import PassError, UnsupportedModelError
 from adept_fx.graph import meta
 from adept_fx.graph.base import Pass, PassResult, Stage, Work
 from adept_fx.graph.extract import Extraction
@@ -43,6 +43,8 @@ class FoldAttention(Pass):
     Guarantees: cached keys are read by regions alone; no two regions of a layer read the same
     ones; outside of regions no value has a key length but masks and the like, which come from
     before the layers.
+
+    Refuses when: a layer makes a value as long as the keys of anything but cached keys.
     """
 
     needs = Stage.HOISTED
@@ -57,17 +59,37 @@ class FoldAttention(Pass):
         for region in regions:
             _replace(work, region)
         work.graph.graph.eliminate_dead_code()
+        _refuse_long_values(work)
         return PassResult(bool(regions), {"writes": len(found), "folded": len(regions)})
 
     def ensures(self, work: Work) -> None:
         """Checks who reads cached keys, and that key lengths end with the regions."""
         for write in writes(work.graph.graph.nodes):
             _check_readers(write)
-        for node in work.graph.graph.nodes:
-            inside = meta.get(node).layer not in (None, PROLOGUE) and not is_scalar(node)
-            lengths = free_symbols(node.meta.get("val")) & work.symbols.keys
-            if inside and lengths and not is_write(node) and not is_cached(node):
-                raise PassError(f"{node.name} has a key length outside of a region")
+        for node in _long_values(work):
+            raise PassError(f"{node.name} has a key length outside of a region")
+
+
+def _long_values(work: Work) -> list[Node]:
+    """Values of layers that have a key length and belong to no region."""
+    return [
+        node
+        for node in work.graph.graph.nodes
+        if meta.get(node).layer not in (None, PROLOGUE)
+        and not is_scalar(node)
+        and free_symbols(node.meta.get("val")) & work.symbols.keys
+        and not is_write(node)
+        and not is_cached(node)
+    ]
+
+
+def _refuse_long_values(work: Work) -> None:
+    for node in _long_values(work):
+        raise UnsupportedModelError(
+            f"{node.name} of layer {meta.get(node).layer} is as long as the keys, but does not "
+            "come from cached keys",
+            hint="only what is read from the cache, and masks, may be as long as the keys",
+        )
 
 
 def _check_readers(write: Node) -> None:

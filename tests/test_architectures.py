@@ -56,7 +56,7 @@ def test_mixers_run_as_a_whole_and_own_nothing(model_type: str) -> None:
     graph = rewritten(model_type).adept.graph
     regions = [m for m in graph.modules() if isinstance(m, MixerRegion)]
     kinds = raw(model_type).config.layer_types
-    assert len(regions) == sum("attention" != kind.removeprefix("full_") for kind in kinds)
+    assert len(regions) == sum(kind.removeprefix("full_") != "attention" for kind in kinds)
     assert not list(graph.parameters())
 
 

@@ -88,11 +88,11 @@ def difference(got: Trace, want: Trace, turns: list[Turn], tolerance: float) -> 
             return f"logits of turn {index}: {found}"
     seen = turns[-1].seen
     for layer, (ours, theirs) in enumerate(zip(_layers(got), _layers(want), strict=True)):
-        named = _tensors(ours)
-        for name, value in _tensors(theirs).items():
+        named = _tensors(ours, seen)
+        for name, value in _tensors(theirs, seen).items():
             if name not in named:
                 return f"cache layer {layer} lacks {name}"
-            found = _differ(_visible(named[name], seen), _visible(value, seen), tolerance)
+            found = _differ(named[name], value, tolerance)
             if found:
                 return f"{name} of cache layer {layer}: {found}"
     return ""
@@ -104,15 +104,23 @@ def _layers(trace: Trace) -> list[Any]:
     return list(cache.layers)
 
 
-def _tensors(layer: Any) -> dict[str, Tensor]:
-    """The floating-point tensors that a cache layer holds."""
+def _tensors(layer: Any, seen: Tensor) -> dict[str, Tensor]:
+    """The floating-point tensors that a cache layer holds, zero at padding.
+
+    Those in dicts are states, of which each row has one, whatever its padding.
+    """
     found: dict[str, Tensor] = {}
     for name, value in vars(layer).items():
-        items = value.items() if isinstance(value, dict) else [("", value)]
-        for key, item in items:
-            if isinstance(item, Tensor) and item.is_floating_point():
-                found[f"{name}{key}"] = item
+        if isinstance(value, dict):
+            states = {f"{name}{key}": item for key, item in value.items() if _is_float(item)}
+            found |= states
+        elif _is_float(value):
+            found[name] = _visible(value, seen)
     return found
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _visible(value: Tensor, seen: Tensor) -> Tensor:

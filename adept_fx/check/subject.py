@@ -87,8 +87,8 @@ def _layer_kinds(decoder: Any) -> list[str]:
     declared = getattr(decoder.config, "layer_types", None)
     if declared:
         return sorted(set(declared))
-    layers = DynamicCache(config=decoder.config).layers
-    return sorted({"sliding_attention" if layer.is_sliding else "full_attention" for layer in layers})
+    sliding = DynamicCache(config=decoder.config).is_sliding
+    return sorted({"sliding_attention" if flag else "full_attention" for flag in sliding})
 
 
 def _vocabulary(model: Any) -> int:

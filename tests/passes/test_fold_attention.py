@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.fx import Node
 
+from adept_fx.errors import UnsupportedModelError
 from adept_fx.graph import meta
 from adept_fx.graph.base import Work
 from adept_fx.graph.runner import run_passes
@@ -81,6 +82,17 @@ def test_a_layer_may_read_the_keys_of_an_earlier_one() -> None:
     assert regions[2].args[:2] == regions[0].args[:2]
     assert [call.args[0].args[0].args[3] for call in regions] == [0, 1, 0]
     assert work.queries == {at: (f"attention_{at}", 2) for at in range(3)}
+
+
+def test_a_long_value_that_comes_from_no_cached_keys_is_refused() -> None:
+    work = before(FoldAttention, "llama", 3)
+    state = border(work, 1)
+    long = insert(state, aten.neg.default, write(work, 0).args[2], like=state)
+    total = insert(long, aten.sum.default, long, like=state)
+    moved = insert(total, aten.add.Tensor, state, total, like=state)
+    state.replace_all_uses_with(moved, delete_user_cb=lambda user: user is not moved)
+    with pytest.raises(UnsupportedModelError, match=r"neg.* of layer 0 is as long as the keys"):
+        run_passes(work, [FoldAttention()])
 
 
 def _keys(work: Work) -> Node:
