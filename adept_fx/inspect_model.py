@@ -60,8 +60,11 @@ def find_decoder(model: Any) -> Any:
 
 def _bare(found: Any) -> Any:
     """What was found, without a language modelling head; None if it is no decoder."""
-    while isinstance(found, PreTrainedModel) and found.get_output_embeddings() is not None:
-        inner = found.base_model
+    while isinstance(found, PreTrainedModel):
+        head: Any = found
+        if head.get_output_embeddings() is None:
+            break
+        inner: Any = found.base_model
         found = inner if inner is not found else _embedding_child(found)
     known = isinstance(found, PreTrainedModel) and found.get_input_embeddings() is not None
     return found if known else None

@@ -65,13 +65,15 @@ class Elsewhere(LlamaForCausalLM):
 
 @pytest.mark.parametrize("found", [None, nn.Linear(2, 2), "decoder"])
 def test_what_get_decoder_gives_is_not_believed_blindly(found: Any) -> None:
-    model = Elsewhere(tiny_config("llama", 2))
+    config: Any = tiny_config("llama", 2)
+    model: Any = Elsewhere(config)
     model.found = found
     assert find_decoder(model) is model.model
 
 
 def test_a_model_whose_base_has_a_head_as_well_is_entered_at_its_embedding() -> None:
-    model = Elsewhere(tiny_config("llama", 2))
+    config: Any = tiny_config("llama", 2)
+    model: Any = Elsewhere(config)
     model.found = model
     model.base_model_prefix = "nothing of that name"
     assert model.base_model is model
@@ -79,7 +81,8 @@ def test_a_model_whose_base_has_a_head_as_well_is_entered_at_its_embedding() -> 
 
 
 def test_a_model_without_any_is_refused() -> None:
-    model = Elsewhere(tiny_config("llama", 2))
+    config: Any = tiny_config("llama", 2)
+    model: Any = Elsewhere(config)
     model.base_model_prefix = "nothing of that name"
     model.model = nn.Module()
     model.get_input_embeddings = lambda: None

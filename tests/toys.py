@@ -226,7 +226,7 @@ class EncodingItself(Encoding):
 
 def toy(kind: type[Toy], layers: int = LAYERS) -> Any:
     """A causal LM around such a decoder."""
-    fields = {} if kind.kinds is None else {"layer_types": kind.kinds}
+    fields: dict[str, Any] = {} if kind.kinds is None else {"layer_types": kind.kinds}
     model: Any = tiny("llama", layers=layers, **fields)
     model.model = kind(model.config).eval()
     randomize(model, 0)
@@ -234,12 +234,12 @@ def toy(kind: type[Toy], layers: int = LAYERS) -> Any:
 
 
 @cache
-def captured(kind: type[Toy]) -> Capture:
+def captured(kind: Any) -> Capture:
     return capture(toy(kind).model, positions=True)
 
 
 def work_of(
-    kind: type[Toy],
+    kind: Any,
     until: type[Pass] | None = None,
     exits: tuple[int, ...] = (1, 2),
     needs: tuple[str, ...] = (),

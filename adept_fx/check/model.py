@@ -25,11 +25,12 @@ def build(subject: str) -> Any:
         subject: A ``model_type`` (a tiny model with random weights whose layers change the hidden
             state by its own size), or a path or repository name (loaded as it is).
     """
+    auto: Any = AutoModelForCausalLM
     if not is_model_type(subject):
-        return AutoModelForCausalLM.from_pretrained(subject, dtype=torch.float32).eval()
+        return auto.from_pretrained(subject, dtype=torch.float32).eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
-        model = AutoModelForCausalLM.from_config(tiny_config(subject), dtype=torch.float32).eval()
+        model = auto.from_config(tiny_config(subject), dtype=torch.float32).eval()
     randomize(model)
     return model
 

@@ -113,7 +113,7 @@ def _shrunken(default: PreTrainedConfig, layers: int) -> dict[str, Any]:
     return fields
 
 
-def _size(name: str, value: Any, default: Any, layers: int) -> int | float | None:
+def _size(name: str, value: Any, default: Any, layers: int) -> Any:
     if value is None:
         return _UNSET.get(name)
     if isinstance(value, (bool, str, dict)):

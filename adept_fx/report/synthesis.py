@@ -15,7 +15,7 @@ from adept_fx.graph.kv_projections import KVProjection, kv_projections, without_
 from adept_fx.ops.project import project_heads, project_layers, project_stacked
 from adept_fx.report import facts
 from adept_fx.report.layers import heads_and_width, outputs
-from adept_fx.report.weights import tensors, used
+from adept_fx.report.weights import tensors, used, used_columns
 
 _aten = torch.ops.aten
 _LINEAR = _aten.linear.default
@@ -29,6 +29,11 @@ _STATES: dict[Any, int] = {
     project_heads: 0,
     project_layers: 0,
     project_stacked: 0,
+}
+_FORMS: dict[Any, str] = {
+    project_heads: "cut",
+    project_layers: "merged",
+    project_stacked: "stacked",
 }
 _KINDS = {"kv": "key_value", "indexer": "index_key", "mixer": "mixer_input"}
 
@@ -80,7 +85,9 @@ def _product(weight: Node) -> Node | None:
 def _projection(
     item: KVProjection, products: dict[Node, Node], block: Synthesis
 ) -> facts.Projection:
-    found = [_columns(weight, product) for weight, product in products.items()]
+    """Of all layers' products with weights of one name, those of one form."""
+    mine = {w: product for w, product in products.items() if _form(w, product) == item.form}
+    found = [_columns(weight, product) for weight, product in mine.items()]
     computed, columns = max(found, key=lambda pair: pair[1])  # should the layers differ
     return facts.Projection(
         weight=item.weight,
@@ -88,8 +95,14 @@ def _projection(
         form=item.form,
         computed=computed,
         columns=columns,
-        reason=item.note or _reason(item, products, block),
+        reason=item.note or _reason(item, mine, products, block),
     )
+
+
+def _form(weight: Node, product: Node) -> str:
+    if product.target in _FORMS:
+        return _FORMS[product.target]
+    return "plain" if used_columns(weight)[0] is None else "cut"
 
 
 def _columns(weight: Node, product: Node) -> tuple[int, int]:
@@ -101,25 +114,27 @@ def _columns(weight: Node, product: Node) -> tuple[int, int]:
     return used(weight) // rows, weight.meta["val"].numel() // rows
 
 
-def _reason(item: KVProjection, products: dict[Node, Node], block: Synthesis) -> str:
+def _reason(
+    item: KVProjection, mine: dict[Node, Node], products: dict[Node, Node], block: Synthesis
+) -> str:
     """Why projections are not merged, or will not be one product when they are."""
     if item.form == "merged":
         known = tensors(block)
-        kinds = {type(known[weight]).__name__ for weight in products} - {nn.Parameter.__name__}
+        kinds = {type(known[weight]).__name__ for weight in mine} - {nn.Parameter.__name__}
         return f"{', '.join(sorted(kinds))} keeps its own layout" if kinds else ""
     if item.form == "cut":
         return "a part of a weight cannot be merged"
-    return _why_plain(item, products) if item.form == "plain" else ""
+    return _why_plain(mine, products) if item.form == "plain" else ""
 
 
-def _why_plain(item: KVProjection, products: dict[Node, Node]) -> str:
+def _why_plain(mine: dict[Node, Node], products: dict[Node, Node]) -> str:
     """The condition of ``merge_projections`` that does not hold."""
-    other = {str(p.target) for p in products.values() if p.target is not _LINEAR}
+    other = {str(p.target) for p in mine.values() if p.target is not _LINEAR}
     if other:
         return f"only linear is merged, not {', '.join(sorted(other))}"
-    if item.layers == 1:
+    if len(products) == 1:
         return "no other layer has one"
-    own = [meta.get(i).source for p in products.values() for i in p.args[1:] if isinstance(i, Node)]
+    own = [meta.get(i).source for p in mine.values() for i in p.args[1:] if isinstance(i, Node)]
     if None in own:
         return "weight or bias is computed in the forward"
     values = [weight.meta["val"] for weight in products]

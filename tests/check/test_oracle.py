@@ -47,7 +47,7 @@ def test_no_hook_is_left_after_an_error() -> None:
 
 
 def test_the_layers_are_found() -> None:
-    model = tiny("gpt2", layers=3)
+    model: Any = tiny("gpt2", layers=3)
     assert decoder_layers(model) == list(model.transformer.h)
     model.transformer.h = nn.ModuleList(model.transformer.h[:2])
     with pytest.raises(UnsupportedModelError, match="GPT2Model has no list of its 3 layers"):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from adept_fx.check import subject
 from adept_fx.check.result import STEPS
@@ -59,9 +60,13 @@ def _thawed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _misplaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last states of tokens come back in another order."""
+    """Packed states come back in another order."""
     scatter = Tokens.scatter
-    monkeypatch.setattr(Tokens, "scatter", lambda self, w, s: scatter(self, w, s.flip(1)))
+
+    def broken(self: Tokens, whole: Tensor, state: Tensor) -> Tensor:
+        return scatter(self, whole, state if self.index is None else state.flip(1))
+
+    monkeypatch.setattr(Tokens, "scatter", broken)
 
 
 def _nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +77,7 @@ def _nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (_zeros, "plan compact: keys of cache layer 1: off by"),
+        (_zeros, "plan compact: logits of turn 0: off by"),
         (_thawed, "plan dense: logits of turn 0: off by"),
         (_misplaced, "plan compact: logits of turn 0: off by"),
         (_nobody, "nothing was checked"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -137,5 +138,5 @@ def test_weights_are_seeded_and_layers_change_their_input() -> None:
         layer.register_forward_hook(lambda m, a, out: states.append(out))
     with torch.no_grad():
         one(torch.arange(3, 19)[None])
-    for before, after in zip(states, states[1:], strict=False):
+    for before, after in itertools.pairwise(states):
         assert 0.3 < (after - before).std() / before.std() < 3

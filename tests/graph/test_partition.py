@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import pytest
 import torch
@@ -123,7 +124,8 @@ def test_shared_keys_are_kept_if_an_exit_lies_between() -> None:
     work = _sharing(reader=2, source=0)
     assert Partition(work).shared == {slot(writes(work.graph.graph.nodes)[0])} == {"kv_0"}
     run_passes(work, [CompactTokens()])
-    early, late = (work.graph.get_submodule(f"stage_{at}.graph").graph for at in (0, 1))
+    graphs: list[Any] = [work.graph.get_submodule(f"stage_{at}.graph").graph for at in (0, 1)]
+    early, late = graphs
     (kept,) = early.find_nodes(op="call_function", target=ops.write_cache)
     assert kept.args[3] == "kv_0"
     assert kept.args[-1] is True

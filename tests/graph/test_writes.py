@@ -32,7 +32,7 @@ class Written(NamedTuple):
     graph: fx.Graph
     inputs: dict[str, Node]
     kv: Node
-    index: Node
+    indexer: Node
     mixer: Node
 
 
@@ -51,7 +51,7 @@ def each_kind() -> Written:
 
 def test_each_kind_has_a_slot_of_its_own() -> None:
     made = each_kind()
-    assert writes(made.graph.nodes) == [made.kv, made.index, made.mixer]
+    assert writes(made.graph.nodes) == [made.kv, made.indexer, made.mixer]
     assert [slot(node) for node in writes(made.graph.nodes)] == ["kv_3", "indexer_2", "mixer_5"]
     assert not any(is_write(node) for node in made.inputs.values())
 
@@ -60,7 +60,7 @@ def test_what_is_written_has_one_entry_per_token() -> None:
     made = each_kind()
     named = made.inputs
     assert written(made.kv) == [named["key"], named["value"]]
-    assert written(made.index) == [named["key"]]
+    assert written(made.indexer) == [named["key"]]
     assert written(made.mixer) == [named["state"]], "a mask comes from before the layers"
     assert mixer_inputs(made.mixer) == [named["state"], named["mask"]]
 
@@ -81,19 +81,19 @@ def test_cached_keys_are_told_from_other_values() -> None:
     keys = made.graph.call_function(operator.getitem, (made.kv, 0))
     half = made.graph.call_function(operator.getitem, (made.mixer, 0))
     assert is_cached(keys)
-    assert is_cached(made.index)
+    assert is_cached(made.indexer)
     assert not is_cached(made.mixer)
     assert not is_cached(half)
     assert not is_cached(made.inputs["key"])
     assert cache_write(keys) is made.kv
-    assert cache_write(made.index) is made.index
+    assert cache_write(made.indexer) is made.indexer
 
 
 def test_lowered_ops_read_neither_probes_nor_gates() -> None:
     made = each_kind()
     named = made.inputs
     assert data_inputs(made.kv) == [named["key"], named["value"]]
-    assert data_inputs(made.index) == [named["key"]]
+    assert data_inputs(made.indexer) == [named["key"]]
     assert data_inputs(made.mixer) == [named["state"], named["mask"]]
     freeze: Any = torch.ops.adept_fx.freeze.default
     kept = made.graph.call_function(freeze, (named["state"], named["key"], named["mask"]))

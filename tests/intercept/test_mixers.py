@@ -106,8 +106,9 @@ def test_a_mixer_runs_the_models_own_module_with_the_calls_cache() -> None:
     for piece in (hidden[:, :3], hidden[:, 3:]):
         found = Mixer(source.mixers[0])(kept, [piece])
         assert torch.equal(found, decoder.layers[0].shift.inner(piece, cache=wanted))
-    states = [cache.layers[0].conv_states[0] for cache in (kept, wanted)]
-    assert torch.equal(*states)
+    layers: list[Any] = [kept.layers[0], wanted.layers[0]]
+    first, second = (layer.conv_states[0] for layer in layers)
+    assert torch.equal(first, second)
     assert not list(Mixer(source.mixers[0]).parameters()), "it owns no tensor of the model"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import pytest
 from torch import fx
@@ -92,7 +93,8 @@ def _first_exit_twice(work: Work) -> None:
 
 def _key_and_value_swapped(work: Work) -> None:
     node = write(work, 2)
-    key, value, *others = node.args[4]  # type: ignore[misc]
+    listed: Any = node.args[4]
+    key, value, *others = listed
     node.update_arg(4, [value, key, *others])
 
 
