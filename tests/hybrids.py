@@ -16,7 +16,7 @@ from adept_fx.check.tiny import tiny_config
 from adept_fx.gates import Replay
 from dialogue import THRESHOLD, Case, Script, assert_trace_equal, play, play_oracle, script
 from product import PLANS, play_product
-from toys import Noting, Toy, Twice, toy
+from toys import Noting, Prepared, Toy, Twice, toy
 
 # Per type: layers and exits, few and early, so that stages of one layer lie behind each other.
 SIZES: dict[str, tuple[int, tuple[int, ...]]] = {
@@ -28,9 +28,15 @@ SIZES: dict[str, tuple[int, tuple[int, ...]]] = {
     "diffllama": (3, (1, 2)),  # two attention calls on the same keys
     "gpt_neo": (3, (1, 2)),  # counts its keys itself
     "a note": (3, (1, 2)),  # the first layer makes it, all others read it
+    "pieces": (3, (1, 2)),  # made before the layers, of the embedding and of `input_ids`
     "two calls": (3, (1, 2)),  # of different scale, on the same keys
 }
-TOYS: dict[str, type[Toy]] = {"a note": Noting, "two calls": Twice}
+TOYS: dict[str, type[Toy]] = {"a note": Noting, "pieces": Prepared, "two calls": Twice}
+# Experts take long to trace, and other tests have them.
+WITHOUT_EXPERTS: dict[str, dict[str, Any]] = {
+    "qwen3_next": {"mlp_only_layers": [0, 1, 2]},
+    "deepseek_v32": {"mlp_layer_types": ["dense", "dense"]},
+}
 STATIC = ("lfm2", "gemma4_text", "gpt_neo")
 CASE = Case(lengths=(9, 4, 7), side="left", steps=0)
 MOODS = ("mixed", "first", "first", "stay", "mixed", "last", "stay")
@@ -75,6 +81,8 @@ def raw(model_type: str) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = tiny_config(model_type, SIZES[model_type][0])
+        for name, value in WITHOUT_EXPERTS.get(model_type, {}).items():
+            setattr(config, name, value)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     randomize(model)
     return model

@@ -10,12 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adept_fx.errors import InputError
+from adept_fx.errors import AdeptError
 from adept_fx.graph.blocks import AttentionRegion, MixerRegion
 from adept_fx.ops import tokens as ops
 from dialogue import Case, play, script
 from hybrids import CASE, SIZES, cases, check_exits, check_never, leaving, moody, raw, rewritten
 from oracle import held
+from product import set_up
 from strategies import examples
 
 every_type = pytest.mark.parametrize("model_type", SIZES)
@@ -89,21 +90,27 @@ def test_shared_keys_are_read_by_later_stages() -> None:
     assert not last.find_nodes(op="call_function", target=ops.write_cache)
 
 
-def test_values_made_before_the_layers_are_gathered() -> None:
-    adept = rewritten("gemma4_text").adept
+# The state and what layers behind the exit read: two rotary tables per kind, a piece per layer.
+GATHERED = {"pieces": (3 + 2) + (3 + 1), "gemma4_text": (1 + 4 + 3) + (1 + 2 + 1)}
+
+
+@pytest.mark.parametrize("model_type", GATHERED)
+def test_values_made_before_the_layers_are_gathered(model_type: str) -> None:
+    adept = rewritten(model_type).adept
     inputs = [node.name for node in adept.graph.graph.find_nodes(op="placeholder")]
     assert {"input_ids", "inputs_embeds"} <= set(inputs)
     gathered = adept.graph.graph.find_nodes(op="call_function", target=ops.gather_tokens)
-    width = raw("gemma4_text").config.hidden_size_per_layer_input
-    assert width
-    assert len(gathered) > 2 * 3, "besides the state and two rotary tables"
+    assert len(gathered) == GATHERED[model_type]
 
 
 def test_a_call_with_embeddings_alone_is_refused_where_ids_are_read() -> None:
-    model, ee = raw("gemma4_text"), rewritten("gemma4_text")
-    embeds = model.get_input_embeddings()(torch.tensor([[5, 6, 7]]))
-    with pytest.raises(InputError, match=r"input_ids besides their embedding"):
-        ee(inputs_embeds=embeds, position_ids=torch.arange(3)[None])
+    model, ee = raw("pieces"), rewritten("pieces")
+    ids = torch.tensor([[5, 6, 7]])
+    given = {"position_ids": torch.arange(3)[None]}
+    set_up(ee, [torch.zeros(2, 1, 3)], "dense")
+    with pytest.raises(AdeptError, match="Prepared"):
+        ee(inputs_embeds=model.get_input_embeddings()(ids), **given)
+    assert torch.equal(ee(ids, **given).logits, model(ids, **given).logits)
 
 
 def test_index_keys_come_behind_cached_keys() -> None:

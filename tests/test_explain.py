@@ -171,11 +171,11 @@ def texts(found: Any) -> str:
 
 
 class OddAttention(LlamaAttention):
-    """Layer 0 lends its keys to the last layer, which has none; layer 2 has narrower ones."""
+    """Layer 0 lends its keys to the last layer, which has none; layer 3 has narrower ones."""
 
     def __init__(self, config: Any, at: int) -> None:
         super().__init__(config, at)
-        if at == 2:
+        if at == 3:
             width = config.hidden_size
             self.k_proj, self.v_proj = (nn.Linear(width, self.head_dim, bias=False) for _ in "kv")
             self.num_key_value_groups = config.num_attention_heads
@@ -189,7 +189,7 @@ class OddAttention(LlamaAttention):
             for part in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if self.layer_idx == 3:
+        if self.layer_idx == 4:
             key, value = lent["keys"]
         else:
             key, value = common["past_key_values"].update(key, value, self.layer_idx)
@@ -224,19 +224,22 @@ class Odd(Toy):
 
 @cache
 def odd() -> Any:
-    return adept_fx.explain(toy(Odd, layers=4), ExitConfig(exits=(1, 2), gate="cosine"))
+    return adept_fx.explain(toy(Odd, layers=5), ExitConfig(exits=(1, 2), gate="cosine"))
 
 
 def test_keys_of_an_earlier_layer() -> None:
-    assert [layer.reads_keys_of for layer in odd().layers] == [(), (), (), (0,)]
-    assert [layer.key for layer in odd().layers] == [(2, 8), (2, 8), (1, 8), None]
-    assert [[slot.layer for slot in item.slots] for item in odd().exits] == [[1, 2], [2]]
+    assert [layer.reads_keys_of for layer in odd().layers] == [(), (), (), (), (0,)]
+    assert [layer.key for layer in odd().layers] == [(2, 8), (2, 8), (2, 8), (1, 8), None]
+    assert [[slot.layer for slot in item.slots] for item in odd().exits] == [[1, 2, 3], [2, 3]]
     assert "reads the keys of layer 0" in str(odd())
 
 
 def test_weights_of_several_shapes_are_not_merged() -> None:
-    for item in odd().exits[0].projections:
-        assert (item.form, item.reason) == ("plain", "the layers' weights differ in shape or dtype")
+    found = [(i.layers, i.form, i.columns, i.reason) for i in odd().exits[0].projections]
+    reason = "the layers' weights differ in shape or dtype"
+    assert sorted(found) == [(1, "plain", 8, reason)] * 2 + [(2, "merged", 16, "")] * 2
+    found = [(i.layers, i.form, i.columns, i.reason) for i in odd().exits[1].projections]
+    assert found == [(2, "plain", 16, reason)] * 2
 
 
 def test_side_values_and_input_ids() -> None:

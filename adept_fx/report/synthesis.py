@@ -75,11 +75,13 @@ def projections(block: Synthesis) -> tuple[facts.Projection, ...]:
 
 
 def _product(weight: Node) -> Node | None:
-    """The first call that multiplies by a weight, behind views and casts of it."""
-    reader = weight
-    while reader.users and reader.target not in _STATES:
-        reader = next(iter(reader.users))
-    return reader if reader.target in _STATES else None
+    """The nearest call that multiplies by a weight, behind views and casts of it."""
+    readers = [weight]
+    for reader in readers:
+        if reader.target in _STATES:
+            return reader
+        readers += [user for user in reader.users if user not in readers]
+    return None
 
 
 def _projection(
@@ -87,6 +89,7 @@ def _projection(
 ) -> facts.Projection:
     """Of all layers' products with weights of one name, those of one form."""
     mine = {w: product for w, product in products.items() if _form(w, product) == item.form}
+    mine = mine or products  # a weight that is read as a whole and in parts
     found = [_columns(weight, product) for weight, product in mine.items()]
     computed, columns = max(found, key=lambda pair: pair[1])  # should the layers differ
     return facts.Projection(

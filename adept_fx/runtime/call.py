@@ -71,7 +71,8 @@ def read_call(
     for name, value in given.items():
         if name in _READ | _HARMLESS or not isinstance(value, Tensor):
             continue
-        if name not in _PER_TOKEN or value.shape[:2] != embeds.shape[:2]:
+        known = name in _PER_TOKEN and name in signature.parameters
+        if not known or value.shape[:2] != embeds.shape[:2]:
             raise InputError(
                 f"the argument {name} is not supported while exits are on",
                 hint="leave it out, or call the original model",

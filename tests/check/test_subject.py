@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -11,16 +12,29 @@ from torch import Tensor
 from adept_fx.check import subject
 from adept_fx.check.result import STEPS
 from adept_fx.check.subject import check
+from adept_fx.config import ExitConfig
 from adept_fx.errors import CaptureError
 from adept_fx.graph.blocks import Synthesis, SynthesizedKV
+from adept_fx.rewrite import transform
 from adept_fx.runtime.tokens import Tokens
 from models import tiny
 
 
+@cache
+def llama() -> Any:
+    return tiny("llama", layers=3)
+
+
+@cache
+def rewritten(exits: tuple[int, ...]) -> Any:
+    return transform(llama(), ExitConfig(exits=exits, gate="linear"))
+
+
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The seeded tiny llama in place of whatever is asked for; what is slow and not asked, off."""
-    monkeypatch.setattr(subject, "build", lambda name: tiny("llama", layers=3))
+    """The seeded tiny llama in place of whatever is asked for, transformed once."""
+    monkeypatch.setattr(subject, "build", lambda name: llama())
+    monkeypatch.setattr(subject, "transform", lambda model, config: rewritten(config.exits))
     monkeypatch.setattr(subject.Examination, "_restore", lambda self: "")
 
 
