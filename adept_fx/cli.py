@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import adept_fx
+from adept_fx.bench import command as bench
 from adept_fx.check import command as check
 from adept_fx.errors import AdeptError
 from adept_fx.report import command as explain
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
-COMMANDS: tuple[Callable[[Commands], None], ...] = (check.add_parser, explain.add_parser)
+COMMANDS: tuple[Callable[[Commands], None], ...] = (check.add_parser, explain.add_parser, bench.add_parser)
 """Add a command here."""
 
 _INTERRUPTED = 130  # What shells report of a command that Ctrl-C ended.

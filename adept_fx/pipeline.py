@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import fx
 
@@ -12,6 +13,7 @@ from adept_fx.graph.kv_projections import KVProjection, kv_projections
 from adept_fx.graph.runner import PassRecord, run_passes
 from adept_fx.intercept import MaskCall
 from adept_fx.kv.base import KVPolicy
+from adept_fx.lower.masks import slices_keys
 from adept_fx.passes.compact_tokens import CompactTokens
 from adept_fx.passes.find_layers import FindLayers
 from adept_fx.passes.fold_attention import FoldAttention
@@ -54,6 +56,11 @@ class Program:
     container: str
     output_type: type
     records: tuple[PassRecord, ...]
+
+    @cached_property
+    def slices_keys(self) -> bool:
+        """Whether attention may be given a part of the cached keys: see :mod:`adept_fx.lower`."""
+        return slices_keys(self.graph)
 
     @property
     def kv_projections(self) -> tuple[KVProjection, ...]:

@@ -27,11 +27,12 @@ class CompactTokens(Pass):
 
         cos, sin = prologue(position_ids)
         all_tokens = enter(run, inputs_embeds)
-        hidden_0 = stage_0(all_tokens, inputs_embeds, mask, cos, sin)
+        live_0 = gather_tokens(all_tokens, inputs_embeds); cos_0 = ...
+        hidden_0 = stage_0(all_tokens, live_0, mask, cos_0, sin_0)
         exit_0 = decide(all_tokens, 0, hidden_0)
-        kv_0 = kv_0(exit_0, hidden_0, cos, sin)
-        hidden_0_live = gather_tokens(exit_0, hidden_0); cos_1 = ...
-        hidden_1 = stage_1(exit_0, hidden_0_live, mask, cos_1, sin_1, kv_0)
+        kv_0 = kv_0(exit_0, hidden_0, cos_0, sin_0)
+        live_1 = gather_tokens(exit_0, hidden_0); cos_1 = ...
+        hidden_1 = stage_1(exit_0, live_1, mask, cos_1, sin_1, kv_0)
         hidden = scatter_tokens((all_tokens, exit_0), (hidden_0, hidden_1))
         return epilogue(hidden)
 
@@ -97,7 +98,7 @@ class _Outer:
         self.now = dict(self.first)
         layouts = [self._call(ops.enter, (run, self.first[embeds]), "all_tokens")]
         states = []
-        hidden = self.first[embeds]
+        hidden = self._gather(-1, layouts[0], self.first[embeds])
         for index in range(len(self.work.exits) + 1):
             outputs = self._stage(index, layouts[-1], hidden)
             states.append(outputs[0])
@@ -108,6 +109,9 @@ class _Outer:
         arguments = (tuple(layouts), tuple(states))
         hidden = self._call(ops.scatter_tokens, arguments, "hidden")
         self.graph.output(self._epilogue(hidden))
+        for node in self.graph.find_nodes(op="call_function", target=ops.gather_tokens):
+            if not node.users:
+                self.graph.erase_node(node)  # the embeddings, where no later stage reads them
         for node in self.first.values():
             if node.op == "placeholder" and not node.users:
                 self.graph.erase_node(node)  # key lengths that nothing but attention saw
@@ -175,7 +179,10 @@ class _Outer:
         builder = StageBuilder(work, plan, index, len(self.kv))
         module = builder.build(layers)
         part = plan.parts[index]
-        stage = Stage(module, self._sources(builder.part), layers, len(part.outputs), builder.owed)
+        sources = self._sources(builder.part)
+        stage = Stage(
+            module, sources, layers, len(part.outputs), builder.owed, builder.synthesized_count
+        )
         live = [self.now[node] for node in builder.live]
         call = [self.first[node] for node in part.call]
         node = self._block(f"stage_{index}", stage, (tokens, hidden, *live, *call, *self.kv))
@@ -207,7 +214,10 @@ class _Outer:
         return decision
 
     def _gather(self, index: int, tokens: Node, hidden: Node) -> Node:
-        """Compacts the state and everything that later stages read token by token."""
+        """Compacts the state and everything that later stages read token by token.
+
+        Behind the exit point ``index``, or of padding alone before the first layer (-1).
+        """
         later = {n: None for part in self.plan.parts[index + 1 : -1] for n in part.live}
         kv = {n: None for inputs in self._synthesis_inputs()[index + 1 :] for n in inputs[1:]}
         for node in sorted({**later, **kv}, key=self.plan.order.__getitem__):

@@ -88,6 +88,7 @@ class Gate(nn.Module):
 
     needs: frozenset[str] = frozenset()
     keeps_python_state: bool = False
+    per_token: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Checks `needs` where the class is written."""
@@ -95,6 +96,8 @@ class Gate(nn.Module):
         # A property decides per instance; `build_gates` checks what it returns.
         if not isinstance(cls.__dict__.get("needs"), property):
             cls.needs = check_needs(cls.needs, cls.__name__)
+        if "forward" in cls.__dict__ and "per_token" not in cls.__dict__:
+            cls.per_token = False  # another forward makes its own promise
 
     def forward(self, tokens: GateInputs) -> Tensor:
         """Scores the tokens.

@@ -17,6 +17,7 @@ class Cosine(Gate):
     """
 
     needs = frozenset({"previous"})
+    per_token = True
 
     def forward(self, tokens: GateInputs) -> Tensor:
         """Scores the tokens from `hidden` and `previous`; returns float32 `[N]`."""

@@ -21,6 +21,8 @@ class Linear(Gate):
         bias: `[1]`.
     """
 
+    per_token = True
+
     def __init__(
         self,
         hidden_size: int,

@@ -22,6 +22,8 @@ class MLP(Gate):
         bias: `b`, `[1]`.
     """
 
+    per_token = True
+
     def __init__(
         self,
         hidden_size: int,

@@ -4,7 +4,7 @@ Each holds a plain ``fx.GraphModule`` and the places where the model keeps the t
 needs. None owns a parameter.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -29,7 +29,7 @@ class Block(nn.Module):
         super().__init__()
         self.graph = graph
         self.sources = list(sources)
-        self._compiled: list[Callable[..., Any]] = []  # in a list: it must not become a child
+        self._compiled: list[Any] = []  # in a list: it must not become a child
 
     def forward(self, *inputs: Any) -> Any:
         """Runs the graph on ``inputs`` and the model's tensors as they are now."""
@@ -41,9 +41,9 @@ class Block(nn.Module):
         """Whether calls run a compiled graph."""
         return bool(self._compiled)
 
-    def compile_graph(self, options: dict[str, Any]) -> None:
-        """Makes further calls run the graph through ``torch.compile(**options)``."""
-        self._compiled = [torch.compile(self.graph, **options)]
+    def use(self, compiled: Any) -> None:
+        """Makes further calls run a compiled form of the graph."""
+        self._compiled = [compiled]
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,15 @@ class Owed:
         slot: What is written (see :mod:`adept_fx.graph.writes`).
         mixer: The module to run, if the slot holds recurrent state.
         inputs: Its inputs from before the layers, as positions among the stage's inputs.
+        shapes: Shape of each value for one token: ``(H, D)`` of keys, ``(D,)`` of states.
+        dtypes: What they are in.
     """
 
     slot: str
     mixer: "MixerRegion | None" = None
     inputs: tuple[int, ...] = ()
+    shapes: tuple[tuple[int, ...], ...] = ()
+    dtypes: tuple[torch.dtype, ...] = ()
 
 
 class Stage(Block):
@@ -73,6 +77,7 @@ class Stage(Block):
         layers: Which layers these are.
         outputs: Number of values that the graph returns.
         owed: What the layers write to the cache.
+        synthesized: Number of KV blocks before the stage; what they return are its last inputs.
     """
 
     def __init__(
@@ -82,23 +87,27 @@ class Stage(Block):
         layers: range,
         outputs: int,
         owed: Sequence[Owed] = (),
+        synthesized: int = 0,
     ) -> None:
         super().__init__(graph, sources)
         self.layers = layers
         self.outputs = outputs
         self.owed = list(owed)
+        self.synthesized = synthesized
 
     def forward(self, tokens: Any, hidden: Tensor, *inputs: Any) -> Any:
         """Returns the state after the stage (and gate features), in the layout of ``tokens``."""
         tokens.count_stage(self.layers)
         if tokens.empty:
-            self._pay(tokens, inputs)
+            if tokens.cache is not None:  # else nobody will read what the layers would have written
+                (self._compiled[0].pay if self._compiled else self.pay)(tokens, inputs)
             return hidden if self.outputs == 1 else (hidden,) * self.outputs
+        if self._compiled:
+            return self._compiled[0](tokens, hidden, inputs)
         return super().forward(tokens, hidden, *inputs)
 
-    def _pay(self, tokens: Any, inputs: Sequence[Any]) -> None:
-        if tokens.run.cache is None:
-            return  # nobody will read what these layers would have written
+    def pay(self, tokens: Any, inputs: Sequence[Any]) -> None:
+        """Writes to the cache what was synthesized for tokens that skip these layers."""
         synthesized = [item for item in inputs if isinstance(item, SynthesizedKV)]
         for owed in self.owed:
             if owed.mixer is None:
@@ -250,5 +259,5 @@ class MixerRegion(nn.Module):
     ) -> Tensor:
         first, second = iter(streams), iter(others)
         ordered = [next(first) if stream else next(second) for stream in self.streams]
-        output: Tensor = self.mixer(tokens.run.cache, ordered)
+        output: Tensor = self.mixer(tokens.cache, ordered)
         return output

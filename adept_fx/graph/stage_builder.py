@@ -80,7 +80,7 @@ class StageBuilder:
             return self._mixer(part, node)
         values = [part.lookup(i) for i in written(node)]
         function = ops.write_cache if node.target is WRITE else ops.write_index
-        self.owed.append(Owed(slot(node)))
+        self.owed.append(_owed(node))
         shared = (True,) if slot(node) in self.plan.shared else ()
         arguments = (self.tokens, *values, slot(node), tuple(self.kv), *shared)
         return part.graph.call_function(function, arguments)
@@ -101,7 +101,7 @@ class StageBuilder:
         region = MixerRegion(Mixer(self.work.mixers[index]), slot(node), places)
         self.root.add_module(slot(node), region)
         at = [len(self.live) + self.cut.call.index(i) for i in others]
-        self.owed.append(Owed(slot(node), region, tuple(at)))
+        self.owed.append(_owed(node, region, tuple(at)))
         arguments = [*(part.lookup(i) for i in streams), *(self.call[i] for i in others)]
         return part.graph.call_module(slot(node), (self.tokens, tuple(self.kv), *arguments))
 
@@ -143,6 +143,13 @@ class StageBuilder:
         at = 0 if node.target is INDEX else node.args[1]
         arguments = (self.tokens, slot(cache_write(node)), at)
         return part.graph.call_function(ops.read_cache, arguments)
+
+
+def _owed(node: Node, region: MixerRegion | None = None, inputs: tuple[int, ...] = ()) -> Owed:
+    values = [item.meta["val"] for item in written(node)]
+    # Batch comes first, tokens last but one.
+    shapes = tuple((*map(int, v.shape[1:-2]), int(v.shape[-1])) for v in values)
+    return Owed(slot(node), region, inputs, shapes, tuple(v.dtype for v in values))
 
 
 def _has_leading_one(node: Node) -> bool:

@@ -1,4 +1,4 @@
-"""``ee.adept.compile``: inductor for every part of the graph, and one buffer for K/V weights."""
+"""One buffer for the key and value weights of skipped layers."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,10 +9,9 @@ from torch.fx import Node
 
 from adept_fx.capture import TensorRef
 from adept_fx.graph import meta
-from adept_fx.graph.blocks import Block, Synthesis
+from adept_fx.graph.blocks import Synthesis
 from adept_fx.graph.kv_projections import without_numbers
 from adept_fx.ops.project import project_layers, project_stacked
-from adept_fx.pipeline import Program
 
 
 @dataclass
@@ -57,19 +56,8 @@ class Stacks:
         self.parameters.clear()
 
 
-def compile_program(program: Program, stacks: Stacks, options: dict[str, Any]) -> None:
-    """Compiles the parts of a program in place, one by one.
-
-    Gates, plans and the choice of tokens stay on the host between the parts.
-    """
-    for block in program.graph.children():
-        if isinstance(block, Synthesis):
-            _stack(block, stacks)
-        if isinstance(block, Block):
-            block.compile_graph(options)
-
-
-def _stack(block: Synthesis, stacks: Stacks) -> None:
+def stack(block: Synthesis, stacks: Stacks) -> None:
+    """Makes a block read weights that lie in one buffer, where they can."""
     graph = block.graph.graph
     inputs = graph.find_nodes(op="placeholder")
     own = inputs[len(inputs) - len(block.sources) :]
@@ -79,15 +67,16 @@ def _stack(block: Synthesis, stacks: Stacks) -> None:
         buffer = stacks.of([refs[weight] for weight in weights])
         if buffer is None:
             continue
+        torch._dynamo.mark_static(buffer)  # weights: their sizes are no symbols
         last = graph.find_nodes(op="placeholder")[-1]
         with graph.inserting_after(last):
-            stack: Node = graph.placeholder(f"stack_{len(refs)}")
+            whole: Node = graph.placeholder(f"stack_{len(refs)}")
         name = without_numbers(refs[weights[0]].name)
-        refs[stack] = TensorRef(name, {"stack": buffer}, "stack")
-        stack.meta["val"] = torch.empty_like(buffer, device="meta")
-        meta.update(stack, source=name)
+        refs[whole] = TensorRef(name, {"stack": buffer}, "stack")
+        whole.meta["val"] = torch.empty_like(buffer, device="meta")
+        meta.update(whole, source=name)
         call.target = project_stacked
-        call.args = (call.args[0], stack, call.args[2])
+        call.args = (call.args[0], whole, call.args[2])
         for weight in weights:
             if not weight.users:
                 graph.erase_node(weight)

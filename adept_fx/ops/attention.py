@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 torch.library.define(
     "adept_fx::attention",
@@ -56,6 +58,42 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Returns the attention output ``[B, S, H, Dv]``, contiguous."""
         call = self.call[0]
+        if torch.compiler.is_compiling() and packs(call, query, mask):
+            return packed_attention(call, query, key, value, mask)
         keywords = call.keywords | dict(zip(call.extras, extras, strict=True))
         output: Tensor = call.function(call.module, query, key, value, mask, **keywords)[0]
         return output.contiguous()
+
+
+def packs(call: AttentionCall, query: Tensor, mask: Tensor | None) -> bool:
+    """Whether grouped queries can be packed: one new token, one mask for all heads.
+
+    The ``sdpa`` function does so itself in eager mode; compiled, it repeats keys and values
+    instead, which takes four times as long on a CPU (one query of 16 heads, 8 of them of keys,
+    over 256 keys: 346 against 79 us).
+    """
+    groups = getattr(call.module, "num_key_value_groups", 1)
+    return (
+        call.function is sdpa_attention_forward
+        and not call.extras
+        and groups > 1
+        and query.shape[2] == 1
+        and (mask is None or mask.shape[1] == 1)
+    )
+
+
+def packed_attention(
+    call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> Tensor:
+    """What ``sdpa_attention_forward`` computes for one new token per row, ``[B, 1, H, Dv]``."""
+    batch, heads, _, width = query.shape
+    packed = query.reshape(batch, key.shape[1], heads // key.shape[1], width)
+    output = F.scaled_dot_product_attention(
+        packed,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=call.keywords.get("dropout", 0.0),
+        scale=call.keywords.get("scaling"),
+    )
+    return output.reshape(batch, 1, heads, value.shape[3])

@@ -12,9 +12,11 @@ from adept_fx.capture import accepts, capture
 from adept_fx.errors import InputError, StaleGraphError
 from adept_fx.intercept.masks import RECURRENT
 from adept_fx.kv.base import build_policy
+from adept_fx.lower.masks import cut_keys, visible_keys
+from adept_fx.lower.program import compile_options, compile_program
+from adept_fx.lower.stacks import Stacks
 from adept_fx.pipeline import Program, build, start
 from adept_fx.runtime.call import Call, autocast_dtype, read_call
-from adept_fx.runtime.compiled import Stacks, compile_program
 from adept_fx.runtime.fingerprint import (
     Fingerprint,
     agree,
@@ -67,7 +69,15 @@ class ExitAwareForward:
         self.__signature__ = forward.replace(parameters=list(forward.parameters.values())[1:])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the decoder with exits; same arguments and output as the original's forward."""
+        """Runs the decoder with exits; same arguments and output as the original's forward.
+
+        Under an outer ``torch.compile`` it stays on the host: gates decide there what runs. Its
+        stages are compiled by :meth:`compile`, under an outer one or not.
+        """
+        return self._run(args, kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = read_call(self.decoder, self.__signature__, args, kwargs)
         given = self._takes_positions and call.position_ids is not None
         program = self.program(positions=given, extras=call.extras, embeds=call.ids is None)
@@ -84,10 +94,25 @@ class ExitAwareForward:
             if name in program.masks and program.masks[name].function is not RECURRENT
         )
         run = Run(settings, shape, real, cache, call.embeds.device, packable, pooled)
-        hidden = program.graph(run, *inputs)
+        if settings.compiled:
+            self._drop_masks(program, inputs, run)
+        with torch.fx.experimental._config.patch(use_duck_shape=False):
+            hidden = program.graph(run, *inputs)
         self.adept.record(run)
         output = program.output_type(last_hidden_state=hidden, past_key_values=cache)
         return output if call.return_dict else output.to_tuple()
+
+    def _drop_masks(self, program: Program, inputs: list[Any], run: Run) -> None:
+        """Leaves out masks where cutting the keys does as well."""
+        places = [at for at, name in enumerate(program.inputs) if name in program.masks]
+        if not places or not program.slices_keys:
+            return
+        masks = [inputs[at] for at in places]
+        visible = visible_keys(masks, run.cache, run.tokens)
+        if visible is not None:
+            run.visible = visible if cut_keys(masks, visible) else None
+            for at in places:
+                inputs[at] = None
 
     def _pooled(self, call: Call, settings: Settings) -> Tensor | None:
         """Tokens whose exit ends their row, ``[B, S]``; None if rows run as long as any does."""
@@ -171,11 +196,16 @@ class ExitAwareForward:
         with self._lock:
             self._programs.clear()
 
-    def compile(self, options: dict[str, Any]) -> None:
+    @property
+    def compiled(self) -> bool:
+        """Whether programs are compiled."""
+        return self._options is not None
+
+    def compile(self, mode: str | None, options: dict[str, Any]) -> None:
         """Compiles what is captured, and what will be."""
         with self._lock:
             self.uncompile()
-            self._options = options
+            self._options = compile_options(mode, options)
             self.prepare()
 
     def uncompile(self) -> None:

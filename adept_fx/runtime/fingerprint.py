@@ -6,7 +6,6 @@ and the settings that change what a module computes.
 """
 
 from copy import copy
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -26,18 +25,26 @@ _CONFIG_SETTINGS = (*_CHOICES, "is_causal")
 _RECORDERS = ("transformers.utils.output_capturing", "transformers.utils.generic")
 
 
-@dataclass
 class Fingerprint:
     """What a capture saw of its model.
 
-    ``entries`` are ``(table, key, object)``: the object must still be there. ``tensors`` are
-    ``(tensor, dtype, device)``. ``settings`` are ``(holder, name, value)``.
+    It is compared before every call: lists and dicts are compared as wholes, at the speed of C.
     """
 
-    entries: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
-    sizes: list[tuple[dict[Any, Any], int]] = field(default_factory=list)
-    tensors: list[tuple[Any, Any, Any]] = field(default_factory=list)
-    settings: list[tuple[Any, str, Any]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._tables: list[dict[str, Any]] = []  # of modules: parameters, buffers, children
+        self._contents: list[dict[str, Any]] = []
+        # Tensors of one element have a truth value when compared; they are told by identity.
+        self._single: list[tuple[dict[str, Any], str, Any]] = []
+        self._hooks: list[dict[Any, Any]] = []
+        self._hook_counts: list[int] = []
+        self._attributes: list[dict[str, Any]] = []
+        self._forwards: list[Any] = []
+        self._tensors: list[Any] = []
+        self._dtypes: list[Any] = []
+        self._devices: list[Any] = []
+        self._holders: list[tuple[Any, str]] = []
+        self._values: list[Any] = []
 
     @staticmethod
     def of(decoder: nn.Module, skip: nn.Module | None = None) -> "Fingerprint":
@@ -54,54 +61,63 @@ class Fingerprint:
                 configs[id(config)] = config
         for config in configs.values():
             for name in _CONFIG_SETTINGS:
-                self.settings.append((config, name, getattr(config, name, None)))
+                self._set(config, name, getattr(config, name, None))
         return self
+
+    def _set(self, holder: Any, name: str, value: Any) -> None:
+        self._holders.append((holder, name))
+        self._values.append(value)
 
     def _add(self, module: nn.Module, *, is_root: bool) -> None:
         tables = (module._parameters, module._buffers, module._modules)
-        for table in tables:
-            self.sizes.append((table, len(table)))
-            self.entries += [(table, key, item) for key, item in table.items()]
-        self.tensors += [
-            (item, item.dtype, item.device)
-            for table in tables[:2]
-            for item in table.values()
-            if item is not None
-        ]
-        self.settings.append((module, "training", module.training))
-        self.settings.append((module, "__class__", type(module)))
+        self._tables += tables
+        self._contents += [dict(table) for table in tables]
+        for table in tables[:2]:
+            for name, item in table.items():
+                if item is None:
+                    continue
+                self._tensors.append(item)
+                self._dtypes.append(item.dtype)
+                self._devices.append(item.device)
+                if item.numel() == 1:
+                    self._single.append((table, name, item))
+        self._set(module, "training", module.training)
+        self._set(module, "__class__", type(module))
         for name in (*_SETTINGS, *getattr(module, _LISTED, ())):
             if hasattr(module, name):
                 value = getattr(module, name)
                 if isinstance(value, _PLAIN):
-                    self.settings.append((module, name, value))
+                    self._set(module, name, value)
                 elif isinstance(value, (list, dict)) and _is_plain(value):
-                    self.settings.append((module, name, copy(value)))
+                    self._set(module, name, copy(value))
         if not is_root:
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                self.sizes.append((hooks, len(hooks)))
+                self._hooks.append(hooks)
+                self._hook_counts.append(len(hooks))
             # A forward of the instance's own, as accelerate's hooks and patches put there.
-            self.entries.append((vars(module), "forward", vars(module).get("forward")))
+            self._attributes.append(vars(module))
+            self._forwards.append(vars(module).get("forward"))
 
     def matches(self) -> bool:
         """Whether the model is still as it was."""
-        return self.alive() and all(
-            getattr(holder, name, None) == value for holder, name, value in self.settings
-        )
+        now = [getattr(holder, name, None) for holder, name in self._holders]
+        return now == self._values and self.alive()
 
     def alive(self) -> bool:
         """Whether modules and tensors are still those that were seen, in whatever setting."""
-        # Plain loops: this runs before every call, and generators would take twice as long.
-        for table, key, item in self.entries:
-            if table.get(key) is not item:
+        try:
+            # Identical objects are equal; tensors that are not have no common truth value.
+            if self._tables != self._contents:
                 return False
-        for table, size in self.sizes:
-            if len(table) != size:
-                return False
-        for tensor, dtype, device in self.tensors:
-            if tensor.dtype is not dtype or tensor.device != device:
-                return False
-        return True
+        except Exception:  # also from the comparison of quantized tensors
+            return False
+        return (
+            all(table[name] is item for table, name, item in self._single)
+            and [len(hooks) for hooks in self._hooks] == self._hook_counts
+            and [held.get("forward") for held in self._attributes] == self._forwards
+            and [tensor.dtype for tensor in self._tensors] == self._dtypes
+            and [tensor.device for tensor in self._tensors] == self._devices
+        )
 
 
 def _is_plain(value: list[Any] | dict[Any, Any]) -> bool:

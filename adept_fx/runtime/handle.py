@@ -151,7 +151,7 @@ class Adept(nn.Module):
             mode: As in ``torch.compile``.
             options: More arguments for ``torch.compile``, e.g. ``backend``.
         """
-        self._forward.compile({"dynamic": True, "mode": mode, **options})
+        self._forward.compile(mode, options)
 
     def uncompile(self) -> None:
         """Undoes :meth:`compile`."""
@@ -196,6 +196,7 @@ class Adept(nn.Module):
             plan="dense" if self.training and torch.is_grad_enabled() else self._plan,
             num_layers=program.num_layers,
             logits=logits,
+            compiled=self._forward.compiled,
         )
 
     def record(self, run: Run) -> None:

@@ -18,6 +18,8 @@ tokens                     1/4     1/2     3/4
 At 8 rows of one token, earlier runs gave 0.90 to 1.02 without order: the rule leaves them dense.
 """
 
+import torch
+
 PLANS = ("auto", "dense", "compact")
 
 # Up to this many tokens a layer's time is that of reading its weights: leaving some out of it
@@ -26,6 +28,22 @@ _WEIGHT_BOUND_TOKENS = 8
 # Gather, scatter and the padding of attention: a share of the call's tokens, and a fixed part.
 _OVERHEAD_SHARE = 0.15
 _OVERHEAD_TOKENS = 4
+
+# Calls of fewer tokens keep their padding up to the first exit point: little is to be gained, and
+# a model that is switched off stays bitwise the original.
+FEW_TOKENS = 256
+
+
+def bucket(count: int, device: torch.device) -> int:
+    """How many tokens a compiled stage is given for ``count`` live ones.
+
+    Sizes of 1 would be compiled apart. CUDA graphs are recorded per size: powers of two keep them
+    few.
+    """
+    if count == 0:
+        return 0
+    smallest = max(count, 2)
+    return smallest if device.type == "cpu" else 1 << (smallest - 1).bit_length()
 
 
 def profitable(live: int, total: int) -> bool:

@@ -53,30 +53,107 @@ class Rows:
     """The rows behind a packed layout.
 
     Args:
-        index: Positions ``b * S + s`` of the live tokens, ascending, ``[N]``.
-        batch: ``B``.
-        tokens: ``S``.
+        present: The rows, ``[R]``.
+        slot: Where each live token is among the ``R * W`` places, ``[N]``.
+        padded: The live token at each place, ``[R, W]``.
+        column: Its column in the call, ``[R, W]``.
+        everything: Whether these are all rows of the call, in order.
     """
 
-    def __init__(self, index: Tensor, batch: int, tokens: int) -> None:
+    def __init__(
+        self, present: Tensor, slot: Tensor, padded: Tensor, column: Tensor, everything: bool
+    ) -> None:
+        self.present = present
+        self.slot = slot
+        self.padded = padded
+        self.column = column
+        self.everything = everything
+
+    @staticmethod
+    def of(index: Tensor, batch: int, tokens: int) -> "Rows":
+        """The rows that have a live token, as narrow as can be.
+
+        Args:
+            index: Positions ``b * S + s`` of the live tokens, ascending, ``[N]``.
+            batch: ``B``.
+            tokens: ``S``.
+        """
         row = torch.div(index, tokens, rounding_mode="floor")
-        self.present, inverse, counts = torch.unique_consecutive(
+        present, inverse, counts = torch.unique_consecutive(
             row, return_inverse=True, return_counts=True
         )
-        self.count = int(self.present.numel())
-        self.width = int(counts.max())
         start = counts.cumsum(0) - counts
         within = torch.arange(index.numel(), device=index.device) - start[inverse]
-        self.slot = inverse * self.width + within
-        step = torch.arange(self.width, device=index.device)
-        self.padded = start[:, None] + torch.minimum(step[None, :], counts[:, None] - 1)
-        self.column = (index % tokens)[self.padded]
-        self.all_present = self.count == batch
-        self.batch = batch
+        width = int(counts.max())
+        step = torch.arange(width, device=index.device)
+        padded = start[:, None] + torch.minimum(step[None, :], counts[:, None] - 1)
+        column = (index % tokens)[padded]
+        return Rows(present, inverse * width + within, padded, column, len(present) == batch)
+
+    @staticmethod
+    def all_of(index: Tensor, live: int, batch: int, tokens: int) -> "Rows":
+        """All rows of the call; those without a live token repeat that of another row.
+
+        Cached keys need not be copied then. No size of one but ``B`` and ``S`` appears, so that
+        a compiled graph fits any number of tokens.
+
+        Args:
+            index: Positions of the live tokens, ascending; the last may be repeated.
+            live: How many there are without the repetitions.
+            batch: ``B``.
+            tokens: ``S``.
+        """
+        row = torch.div(index, tokens, rounding_mode="floor")
+        present = torch.arange(batch, device=index.device)
+        place = torch.arange(index.numel(), device=index.device)
+        if tokens == 1:
+            padded = torch.zeros(batch, 1, dtype=torch.long, device=index.device)
+            padded[row, 0] = place
+            return Rows(present, row, padded, torch.zeros_like(padded), True)
+        counts = torch.zeros(batch, dtype=torch.long, device=index.device)
+        counts.index_add_(0, row[:live], torch.ones_like(row[:live]))
+        start = counts.cumsum(0) - counts
+        width = max(int(counts.max()), 2)
+        step = torch.arange(width, device=index.device)
+        last = (counts - 1).clamp(min=0)
+        padded = start[:, None] + torch.minimum(step[None, :], last[:, None])
+        padded = padded.clamp(max=live - 1)
+        within = torch.minimum(place, place.new_tensor(live - 1)) - start[row]
+        return Rows(present, row * width + within, padded, (index % tokens)[padded], True)
+
+    @property
+    def count(self) -> int:
+        """``R``."""
+        return self.padded.shape[0]
+
+    @property
+    def width(self) -> int:
+        """``W``: the most live tokens of a row."""
+        return self.padded.shape[1]
+
+    def input(
+        self, value: Tensor | None, kind: str, axes: TokenAxes, keys: Tensor, tokens: int
+    ) -> Tensor | None:
+        """An input of attention (see ``AttentionRegion``), one row for each row here.
+
+        Args:
+            value: The input.
+            kind: What it is.
+            axes: Its token axes.
+            keys: The keys, ``[B, H, T, D]``.
+            tokens: ``S`` of the call.
+        """
+        if value is None:
+            return self.causal(keys, tokens)
+        if kind == "cached":
+            return self.select(value)
+        if kind == "plain":
+            return value
+        return self.pad(value, axes) if kind == "live" else self.of_call(value, axes)
 
     def select(self, cached: Tensor) -> Tensor:
         """Cached keys or values ``[B, H, T, D]`` of the rows that have a live token."""
-        return cached if self.all_present else cached.index_select(0, self.present)
+        return cached if self.everything else cached.index_select(0, self.present)
 
     def pad(self, value: Tensor, axes: TokenAxes) -> Tensor:
         """From packed ``[1, N]`` to ``[R, W]``."""
@@ -102,12 +179,12 @@ class Rows:
             # One value for all rows: ``[1, ..., S, ...]``.
             batch, axes = 0, TokenAxes(0, token)
         split = _split_batch(value, axes)
-        if split.shape[batch] != self.batch:
-            split = split.expand(*[self.batch if i == batch else -1 for i in range(split.ndim)])
+        # One value for all rows may have a batch axis, too: of size 1.
+        present = self.present if split.shape[batch] > 1 else torch.zeros_like(self.present)
         if token is None:
-            return _merge_batch(split.index_select(batch, self.present), axes)
+            return _merge_batch(split.index_select(batch, present), axes)
         token = token + (axes.inner > 1)
-        chosen = split.movedim((batch, token), (0, 1))[self.present[:, None], self.column]
+        chosen = split.movedim((batch, token), (0, 1))[present[:, None], self.column]
         return _merge_batch(chosen.movedim((0, 1), (batch, token)), axes)
 
     def causal(self, keys: Tensor, tokens: int) -> Tensor | None:

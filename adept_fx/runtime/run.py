@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adept_fx.gates.base import Gate, GateInputs
 from adept_fx.graph.symbols import TokenAxes
-from adept_fx.runtime.plan import profitable
+from adept_fx.runtime.plan import FEW_TOKENS, bucket, profitable
 from adept_fx.runtime.rows import share_row, take
 from adept_fx.runtime.scores import check_scores
 from adept_fx.runtime.tokens import Tokens
@@ -34,6 +34,7 @@ class Settings:
         plan: ``"auto"``, ``"dense"`` or ``"compact"``.
         num_layers: Layers of the decoder.
         logits: Maps exit states ``[N, D]`` to logits ``[N, V]``, for gates that ask for them.
+        compiled: Whether the stages are compiled.
     """
 
     exits: tuple[int, ...]
@@ -42,6 +43,7 @@ class Settings:
     plan: str
     num_layers: int
     logits: Callable[[Tensor], Tensor]
+    compiled: bool = False
 
     @property
     def may_exit(self) -> bool:
@@ -87,6 +89,9 @@ class Run:
         self.exited = [0] * len(settings.exits)
         self.executed = 0
         self.kept: dict[str, tuple[Tensor, ...]] = {}
+        # Compiled graphs take any size but 1, and all rows of the cache, which are not copied.
+        self.keep_rows = settings.compiled
+        self.visible: int | None = None
         self._departed: list[Tensor] = []
         self._pooled = None
         if pooled is not None:
@@ -100,8 +105,26 @@ class Run:
         return self.batch * self.tokens if self.real is None else int(self.real.sum())
 
     def enter(self, inputs_embeds: Tensor) -> Tokens:
-        """All tokens, in the layout of the call."""
-        return Tokens(self)
+        """All tokens in the layout of the call, or without padding where that pays."""
+        if self.real is None or not self.packable or not self.real_count:
+            return Tokens(self)
+        small = self.settings.plan == "auto" and self.batch * self.tokens < FEW_TOKENS
+        if small or not self._pays(self.real_count):
+            return Tokens(self)
+        index = self._padded(self.real.flatten().nonzero().squeeze(1))
+        return Tokens(self, index=index, count=self.real_count, select=index)
+
+    def _padded(self, index: Tensor) -> Tensor:
+        """Repeats the last of the packed tokens where a compiled graph wants more."""
+        count = len(index)
+        wanted = bucket(count, index.device) if self.settings.compiled else count
+        return index if wanted == count else torch.cat((index, index[-1:].expand(wanted - count)))
+
+    def _pays(self, count: int) -> bool:
+        """Whether to pack ``count`` live tokens out of the call's layout."""
+        plan = self.settings.plan
+        total = self.batch * self.tokens
+        return plan == "compact" or (plan == "auto" and profitable(count, total))
 
     def update(self, slot: str, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Writes a layer's new keys and values; returns all that it may attend to."""
@@ -118,7 +141,13 @@ class Run:
     ) -> Tokens:
         """Runs an exit point's gate and lays out the tokens that go on."""
         if not self.settings.gates:
-            return Tokens(self, before=tokens, active=tokens.active)
+            return Tokens(
+                self,
+                index=tokens.index,
+                count=tokens.count,
+                before=tokens,
+                active=tokens.active,
+            )
         live = self._live(tokens)
         leave = self._leaving(tokens, exit_index, hidden, features, live)
         total = self.batch * self.tokens
@@ -151,7 +180,7 @@ class Run:
     def _live(self, tokens: Tokens) -> Tensor | None:
         """Positions of live tokens; None if they are all tokens of the call."""
         if tokens.index is not None:
-            return tokens.index
+            return tokens.index[: tokens.count]
         mask = tokens.active if tokens.active is not None else self.real
         return None if mask is None else mask.flatten().nonzero().squeeze(1)
 
@@ -167,8 +196,12 @@ class Run:
         if tokens.empty and exit_index > 0:
             return None
         gate = self.settings.gates[exit_index]
-        inputs = self._gate_inputs(gate, tokens, exit_index, hidden, features, live)
-        scores = check_scores(gate(inputs), inputs, gate)
+        live_count = self.batch * self.tokens if live is None else live.numel()
+        if tokens.scores is not None:
+            scores = check_scores(_own(tokens.scores, tokens, live), live_count, gate)
+        else:
+            inputs = self._gate_inputs(gate, tokens, exit_index, hidden, features, live)
+            scores = check_scores(gate(inputs), live_count, gate)
         threshold = self.settings.thresholds[exit_index]
         # Softmax scores reach exactly 1.0 and a gate may overshoot: 1.0 means never.
         return None if threshold >= 1.0 else scores.float() > threshold
@@ -186,7 +219,8 @@ class Run:
             if tokens.index is None:
                 index = everything if live is None else live
                 value = take(value, axes, index, self.tokens)
-            return value[0] if axes == _HIDDEN else value[0].transpose(0, 1)
+            packed = value[0] if axes == _HIDDEN else value[0].transpose(0, 1)
+            return packed if tokens.index is None else packed[: tokens.count]
 
         everything = torch.arange(self.batch * self.tokens, device=hidden.device)
         index = everything if live is None else live
@@ -212,14 +246,16 @@ class Run:
     def _narrow(self, tokens: Tokens, leave: Tensor | None, stay: Tensor | None) -> Tokens:
         """A packed layout stays packed."""
         if leave is None or stay is None or tokens.index is None:
-            return Tokens(self, index=tokens.index, before=tokens)
-        kept, gone = stay.nonzero().squeeze(1), leave.nonzero().squeeze(1)
+            return Tokens(self, index=tokens.index, count=tokens.count, before=tokens)
+        going_on, gone = stay.nonzero().squeeze(1), leave.nonzero().squeeze(1)
+        count, kept = len(going_on), self._padded(going_on)
         index = tokens.index[kept]
         if self.cache is None:
             gone = gone[self._share_row(tokens.index[gone], index)]  # nobody else reads their keys
         return Tokens(
             self,
             index=index,
+            count=count,
             before=tokens,
             select=kept,
             departed=tokens.index[gone] if gone.numel() else None,
@@ -229,10 +265,7 @@ class Run:
     def _from_dense(self, tokens: Tokens, live: Tensor | None, count: int) -> Tokens:
         """Stays dense, or packs the live tokens, whatever is cheaper."""
         total = self.batch * self.tokens
-        plan = self.settings.plan
-        pack = plan == "compact" or (plan == "auto" and profitable(count, total))
-        pack = pack and (self.packable or count == 0)
-        if not pack:
+        if not self._pays(count) or not (self.packable or count == 0):
             return Tokens(self, before=tokens, active=self._active(tokens, live))
         device = self.depth.device
         index = torch.arange(total, device=device) if live is None else live
@@ -244,9 +277,11 @@ class Run:
         elif departed is None and not count:
             # Nothing but padding: one pad gives the cache entries of this call their shape.
             departed = torch.zeros(1, dtype=torch.long, device=device)
+        index = self._padded(index)
         return Tokens(
             self,
             index=index,
+            count=count,
             before=tokens,
             select=index,
             departed=departed,
@@ -260,3 +295,10 @@ class Run:
             return tokens.active
         mask = torch.zeros(self.batch * self.tokens, dtype=torch.bool, device=live.device)
         return mask.index_fill(0, live, True).view(self.batch, self.tokens)
+
+
+def _own(scores: Tensor, tokens: Tokens, live: Tensor | None) -> Tensor:
+    """Of the scores of all tokens that a stage ran, those of live tokens."""
+    if tokens.index is not None:
+        return scores[: tokens.count]
+    return scores if live is None else scores[live]

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from adept_fx.errors import GateError
-from adept_fx.gates.base import Gate, GateInputs
+from adept_fx.gates.base import Gate
 
 
-def check_scores(scores: object, inputs: GateInputs, gate: Gate) -> Tensor:
+def check_scores(scores: object, count: int, gate: Gate) -> Tensor:
     """Returns the scores, or says what is wrong with them.
 
     A token whose score is NaN never leaves; the first such score of a gate is warned about.
@@ -17,7 +17,7 @@ def check_scores(scores: object, inputs: GateInputs, gate: Gate) -> Tensor:
     Raises:
         GateError: Not a floating-point tensor of shape ``[N]``.
     """
-    name, count = type(gate).__name__, inputs.hidden.shape[0]
+    name = type(gate).__name__
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
         kind = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
         raise GateError(f"gate {name} returned {kind}, not a floating-point tensor")

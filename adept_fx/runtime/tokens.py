@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from adept_fx.graph.blocks import SynthesizedKV
+from adept_fx.graph.blocks import Owed, SynthesizedKV
 from adept_fx.graph.symbols import TokenAxes
 from adept_fx.runtime.rows import Rows, take
 
@@ -26,6 +26,8 @@ class Tokens:
         index: Positions ``b * S + s`` of live tokens, ascending; None for the dense layout.
         active: Dense layout: which tokens go on, ``[B, S]``; None if none has left.
         before: The layout before the exit point; None at the start.
+        count: Compacted layout: number of live tokens; entries of ``index`` beyond it repeat the
+            last one. None if there are no such entries.
         select: Positions of live tokens in the layout before; None if it stays.
         departed: Positions ``b * S + s`` of tokens whose keys are to be synthesized here.
         departed_select: The same as positions in the layout before.
@@ -36,6 +38,7 @@ class Tokens:
         run: "Run",
         *,
         index: Tensor | None = None,
+        count: int | None = None,
         active: Tensor | None = None,
         before: "Tokens | None" = None,
         select: Tensor | None = None,
@@ -44,7 +47,9 @@ class Tokens:
     ) -> None:
         self.run = run
         self.index = index
+        self.count = len(index) if index is not None and count is None else count or 0
         self.active = active
+        self.scores: Tensor | None = None  # of a gate that ran with the stage
         self.select = select
         self.departed = departed
         self.departed_select = departed_select
@@ -54,14 +59,27 @@ class Tokens:
     @property
     def empty(self) -> bool:
         """Whether no token is live: the next stage need not run."""
-        return self.index is not None and self.index.numel() == 0
+        return self.index is not None and self.count == 0
 
     @cached_property
     def rows(self) -> Rows:
         """The rows of the live tokens."""
         if self.index is None:
             raise ValueError("the dense layout has no packed rows")
-        return Rows(self.index, self.run.batch, self.run.tokens)
+        batch, tokens = self.run.batch, self.run.tokens
+        if self.run.keep_rows:
+            return Rows.all_of(self.index, self.count, batch, tokens)
+        return Rows.of(self.index, batch, tokens)
+
+    @property
+    def cache(self) -> Any:
+        """The call's cache; None if it has none."""
+        return self.run.cache
+
+    @property
+    def kept(self) -> dict[str, tuple[Tensor, ...]]:
+        """What the cache returned for slots that later stages read."""
+        return self.run.kept
 
     def gather(self, value: Tensor, axes: tuple[int | None, int | None, int | None, int]) -> Tensor:
         """A value of the layout before, in this layout."""
@@ -74,6 +92,13 @@ class Tokens:
         if self.departed_select is None:
             raise ValueError("no token has left here")
         return take(value, axes, self.departed_select, self._tokens_before)
+
+    def spread(self, state: Tensor) -> Tensor:
+        """This layout's states in the layout of the call, ``[B, S, D]``; padding is zero."""
+        if self.index is None:
+            return state
+        batch, tokens, width = self.run.batch, self.run.tokens, state.shape[-1]
+        return self.scatter(state.new_zeros(batch, tokens, width), state)
 
     def scatter(self, whole: Tensor, state: Tensor) -> Tensor:
         """Puts this layout's states over ``whole [B, S, D]``."""
@@ -110,7 +135,7 @@ class Tokens:
         values = tuple(live) if self.index is None else self.assemble(slot, live, synthesized)
         result = self.run.update(slot, values)
         if shared:
-            self.run.kept[slot] = result
+            self.kept[slot] = result
         return result
 
     def assemble(
@@ -136,12 +161,28 @@ class Tokens:
         The token axis is the last but one: ``[1, H, N, D]`` keys, ``[1, N, D]`` states.
         """
         batch, tokens = self.run.batch, self.run.tokens
+        if batch == 1 and len(parts) == 1 and index.numel() == tokens:
+            return parts[0]
         packed = (torch.cat(parts, dim=-2) if len(parts) > 1 else parts[0])[0].movedim(-2, 0)
         if len(parts) > 1 or index.numel() != batch * tokens:
             whole = packed.new_zeros(batch * tokens, *packed.shape[1:])
             packed = whole.index_copy(0, index, packed)
         rows: Tensor = packed.unflatten(0, (batch, tokens))
         return rows.movedim(1, -2)
+
+    def base(
+        self, owed: Owed, synthesized: Sequence[SynthesizedKV | None]
+    ) -> tuple[Tensor, ...]:
+        """What a slot is owed of the tokens that left, ``[B * S, ...]`` each; zero elsewhere."""
+        places, device = self.run.batch * self.run.tokens, self.run.depth.device
+        found = []
+        for at, (shape, dtype) in enumerate(zip(owed.shapes, owed.dtypes, strict=True)):
+            whole = torch.zeros(places, *shape, dtype=dtype, device=device)
+            for item in synthesized:
+                if item is not None and owed.slot in item.values:
+                    whole.index_copy_(0, item.index, item.values[owed.slot][at][0].movedim(-2, 0))
+            found.append(whole)
+        return tuple(found)
 
     def pick(self, whole: Tensor) -> Tensor:
         """The live tokens of ``whole [B, S, D]``, packed."""
@@ -151,15 +192,9 @@ class Tokens:
 
     def to_rows(self, value: Tensor | None, kind: str, axes: TokenAxes, keys: Tensor) -> object:
         """An input of attention, with one row per row of the batch that has a live token."""
-        if value is None:
-            return self.rows.causal(keys, self.run.tokens)
-        if kind == "cached":
-            return self.rows.select(value)
-        if kind == "plain":
-            return value
-        return self.rows.pad(value, axes) if kind == "live" else self.rows.of_call(value, axes)
+        return self.rows.input(value, kind, axes, keys, self.run.tokens)
 
     def count_stage(self, layers: range) -> None:
         """Counts the token-layers that a stage computes."""
-        live = self.run.real_count if self.index is None else self.index.numel()
+        live = self.run.real_count if self.index is None else self.count
         self.run.executed += live * len(layers)

@@ -26,7 +26,7 @@ def test_rows_hold_each_live_token_once_and_packing_undoes_it(case: tuple[int, i
     index = torch.tensor(live).nonzero().squeeze(1)
     if not index.numel():
         return
-    rows = Rows(index, batch, tokens)
+    rows = Rows.of(index, batch, tokens)
     assert rows.width == max(sum(live[r * tokens : (r + 1) * tokens]) for r in range(batch))
     hidden = torch.randn(batch, tokens, 3)
     packed = take(hidden, HIDDEN, index, tokens)
@@ -56,7 +56,7 @@ def test_flat_and_unbatched_axes() -> None:
 
 
 def test_the_mask_that_was_left_out() -> None:
-    rows = Rows(torch.tensor([0, 2, 4]), batch=2, tokens=3)
+    rows = Rows.of(torch.tensor([0, 2, 4]), batch=2, tokens=3)
     mask = rows.causal(torch.zeros(2, 1, 3, 2), tokens=3)
     assert mask is not None
     expected = [[[1, 0, 0], [1, 1, 1]], [[1, 1, 0], [1, 1, 0]]]

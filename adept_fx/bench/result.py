@@ -1,0 +1,65 @@
+"""One row of the benchmark's table."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+TOO_WIDE = 0.05
+"""Rows whose equal arms differ by more say nothing."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of a case.
+
+    Attributes:
+        name: The case.
+        base: Median seconds of the plain model.
+        seconds: Median seconds of the rewritten one.
+        eager: Median seconds of the plain model without compilation; None if not asked for.
+        ratio: The rewritten model's time by the plain one's, round by round.
+        ideal: The same, if time followed the work.
+        spread: How far two equal plain arms differ, 19 times out of 20.
+        tokens: Tokens of one call.
+        warm_up: Seconds of each arm's first call, compilation included.
+        error: Largest difference of the last logits, as a share of the largest; None with exits.
+        bound: ``("ratio", most)`` or ``("efficiency", least)``, if the row has to keep one.
+        recompiled: Graphs that were compiled after the warm-up.
+    """
+
+    name: str
+    base: float
+    seconds: float
+    eager: float | None
+    ratio: float
+    ideal: float
+    spread: float
+    tokens: int
+    warm_up: dict[str, float]
+    error: float | None
+    bound: tuple[str, float] | None = None
+    recompiled: int = 0
+
+    @property
+    def efficiency(self) -> float:
+        """Ideal time by actual time."""
+        return self.ideal / self.ratio
+
+    @property
+    def steady(self) -> bool:
+        """Whether the machine was quiet enough for the row to say something."""
+        return self.spread <= TOO_WIDE
+
+    @property
+    def kept(self) -> bool | None:
+        """Whether the bound holds within the spread; None without one, or on a noisy machine."""
+        if self.bound is None or not self.steady:
+            return None
+        kind, limit = self.bound
+        if kind == "ratio":
+            return self.ratio <= limit * (1.0 + self.spread)
+        return self.efficiency >= limit * (1.0 - self.spread)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        more = {"efficiency": self.efficiency, "steady": self.steady, "kept": self.kept}
+        return asdict(self) | more

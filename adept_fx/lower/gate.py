@@ -1,0 +1,39 @@
+"""Gates inside compiled stages."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from adept_fx.gates.base import Gate
+
+
+def fuses(gate: Gate) -> bool:
+    """Whether a gate can be computed by the stage before it, for all tokens that the stage runs."""
+    return gate.per_token and not gate.keeps_python_state and "logits" not in gate.needs
+
+
+def state_of(gate: Gate) -> dict[str, Tensor]:
+    """A gate's parameters and buffers by name."""
+    return dict(gate.named_parameters()) | dict(gate.named_buffers())
+
+
+class GateRegion(nn.Module):
+    """A gate as the last call of a stage's graph.
+
+    The gate's tensors come with the call, so that equal gates behind equal stages share a graph.
+
+    Args:
+        gate: The gate. It is referenced, not registered: it stays the handle's.
+    """
+
+    def __init__(self, gate: Gate) -> None:
+        super().__init__()
+        self.gate = [gate]
+        self.needs = gate.needs
+
+    def forward(self, layout: Any, hidden: Tensor, *features: Tensor) -> Tensor:
+        """Scores of all tokens of the layout, in its order."""
+        inputs = layout.inputs_of_gate(self.needs, hidden, features)
+        scores: Tensor = functional_call(self.gate[0], layout.gate_state, (inputs,))
+        return scores

@@ -1,0 +1,190 @@
+"""What a compiled stage sees of a forward: tensors, and the cache's layers.
+
+The graph of a stage calls the functions of :mod:`adept_fx.ops.tokens` on the layout of its live
+tokens. Run eagerly, that is a :class:`~adept_fx.runtime.tokens.Tokens`, which chooses plans and
+reads numbers off tensors. Compiled, it is one of these: nothing in them depends on a tensor's
+values, so that sizes stay symbols and one compilation serves any number of tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adept_fx.gates.base import GateInputs
+from adept_fx.graph.symbols import TokenAxes
+from adept_fx.runtime.rows import Rows
+
+_FEATURES = ("previous", "query", "key", "value")
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where a stage is in a forward: what its gate is told.
+
+    Attributes:
+        grid: Any tensor ``[B, S]``.
+        exit_index: The exit point behind the stage.
+        num_exits: Number of exit points.
+        phase: ``"prefill"`` or ``"decode"``.
+    """
+
+    grid: Tensor
+    exit_index: int
+    num_exits: int
+    phase: str
+
+
+class Layout:
+    """What both layouts share.
+
+    Args:
+        place: Where the stage is.
+        slots: The cache's layer behind each slot; None if the call has no cache.
+        cache: The whole cache, for modules that keep recurrent state in it.
+        kept: What the cache returned for slots that later stages read.
+        visible: Keys that there are; those beyond them are places of a static cache that hold
+            nothing yet. None if attention is given a mask that says so.
+    """
+
+    index: Tensor | None = None
+
+    def __init__(
+        self,
+        place: Place,
+        slots: Mapping[str, Any] | None,
+        cache: Any,
+        kept: dict[str, tuple[Tensor, ...]],
+        visible: int | None,
+    ) -> None:
+        self.place = place
+        self.slots = slots
+        self.cache = cache
+        self.kept = kept
+        self.visible = visible
+
+    def store(self, slot: str, values: tuple[Tensor, ...], shared: bool) -> tuple[Tensor, ...]:
+        """Hands a slot's new values to the cache; returns all that it has."""
+        result = values
+        if self.slots is not None:
+            layer = self.slots[slot]
+            if slot.startswith("indexer"):
+                result = (layer.update_indexer(values[0]),)
+            else:
+                keys, entries = layer.update(*values)
+                result = (keys, entries)
+        if self.visible is not None:
+            result = tuple(value.narrow(-2, 0, self.visible) for value in result)
+        if shared:
+            self.kept[slot] = result
+        return result
+
+    def gate_inputs(
+        self, needs: frozenset[str], hidden: Tensor, features: Sequence[Tensor], index: Tensor
+    ) -> GateInputs:
+        """Inputs of a gate on packed states ``[N, D]`` and features ``[N, ...]``."""
+        place = self.place
+        wanted = [name for name in _FEATURES if name in needs]
+        tokens = place.grid.shape[1]
+        return GateInputs(
+            hidden=hidden,
+            batch_index=torch.div(index, tokens, rounding_mode="floor"),
+            token_index=index % tokens,
+            exit_index=place.exit_index,
+            phase=place.phase,
+            num_exits=place.num_exits,
+            batch_shape=(place.grid.shape[0], tokens),
+            **dict(zip(wanted, features, strict=True)),
+        )
+
+
+class DenseLayout(Layout):
+    """All tokens of the call, ``[B, S]``.
+
+    Attributes:
+        active: Which tokens go on, ``[B, S]``; None if none has left.
+    """
+
+    active: Tensor | None = None
+
+    def write(
+        self, slot: str, live: Sequence[Tensor], synthesized: object, shared: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Writes a slot of a layer; returns all that the layer may attend to."""
+        return self.store(slot, tuple(live), shared)
+
+    def freeze(self, new: Tensor, frozen: Tensor) -> Tensor:
+        """Keeps the states of tokens that have left."""
+        if self.active is None:
+            return new
+        return torch.where(self.active.unsqueeze(-1), new, frozen)
+
+    def inputs_of_gate(
+        self, needs: frozenset[str], hidden: Tensor, features: Sequence[Tensor]
+    ) -> GateInputs:
+        """Every token of the call, row after row."""
+        packed = [
+            item.flatten(0, 1) if item.ndim == 3 else item.transpose(1, 2).flatten(0, 1)
+            for item in features
+        ]
+        index = torch.arange(self.place.grid.numel(), device=hidden.device)
+        return self.gate_inputs(needs, hidden.flatten(0, 1), packed, index)
+
+
+class PackedLayout(Layout):
+    """Live tokens only, ``[1, N]``.
+
+    Attributes:
+        index: Their positions ``b * S + s``, ``[N]``. The last may be repeated.
+        rows: How they lie in rows.
+        base: Per slot, its values for the tokens that left, ``[B * S, ...]``; zero elsewhere.
+    """
+
+    rows: Rows
+    base: Mapping[str, tuple[Tensor, ...]]
+
+    def write(
+        self, slot: str, live: Sequence[Tensor], synthesized: object, shared: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Writes a slot of a layer; returns all that the layer may attend to."""
+        return self.store(slot, self.assemble(slot, live, synthesized), shared)
+
+    def assemble(
+        self, slot: str, live: Sequence[Tensor], synthesized: object
+    ) -> tuple[Tensor, ...]:
+        """Puts live values beside those of tokens that left, in the layout of the call."""
+        batch, tokens = self.place.grid.shape
+        found = []
+        for base, value in zip(self.base[slot], live, strict=True):
+            whole = base.index_copy(0, self._positions, value[0].movedim(-2, 0))
+            found.append(whole.unflatten(0, (batch, tokens)).movedim(1, -2))
+        return tuple(found)
+
+    @property
+    def _positions(self) -> Tensor:
+        if self.index is None:
+            raise ValueError("a packed layout has positions")
+        return self.index
+
+    def pick(self, whole: Tensor) -> Tensor:
+        """The live tokens of ``whole [B, S, D]``."""
+        return whole.flatten(0, 1).index_select(0, self._positions).unsqueeze(0)
+
+    def freeze(self, new: Tensor, frozen: Tensor) -> Tensor:
+        """Every token here is live."""
+        return new
+
+    def to_rows(self, value: Tensor | None, kind: str, axes: TokenAxes, keys: Tensor) -> object:
+        """An input of attention, in rows."""
+        return self.rows.input(value, kind, axes, keys, self.place.grid.shape[1])
+
+    def inputs_of_gate(
+        self, needs: frozenset[str], hidden: Tensor, features: Sequence[Tensor]
+    ) -> GateInputs:
+        """The live tokens."""
+        packed = [
+            item[0] if item.ndim == 3 else item[0].transpose(0, 1) for item in features
+        ]
+        return self.gate_inputs(needs, hidden[0], packed, self._positions)

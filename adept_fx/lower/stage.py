@@ -1,0 +1,135 @@
+"""Runs stages through compiled functions."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from adept_fx.gates.base import Gate
+from adept_fx.graph.blocks import Stage, SynthesizedKV
+from adept_fx.lower.cache import Slots
+from adept_fx.lower.forms import compiled, plain_strides
+from adept_fx.lower.gate import fuses, state_of
+from adept_fx.lower.graph import lower, slot_names, with_gate, writing
+from adept_fx.lower.layouts import DenseLayout, Layout, PackedLayout, Place
+from adept_fx.lower.share import gate_kind, signature
+
+
+class Functions:
+    """All compiled functions of a program's stages: one per graph and form of call.
+
+    Equal stages share them. Each form has code of its own, so that a call never looks through the
+    guards of another form.
+
+    Args:
+        options: Arguments of ``torch.compile``.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._options = options
+        self._numbers: dict[Any, int] = {}
+        self._graphs: dict[int, fx.GraphModule] = {}
+        self._made: dict[Any, Callable[..., Any]] = {}
+
+    def add(self, graph: fx.GraphModule) -> int:
+        """Takes a lowered stage; returns the number of the graph that stands for it."""
+        known = signature(graph)
+        number = self._numbers.setdefault(id(graph) if known is None else known, len(self._numbers))
+        self._graphs.setdefault(number, graph)
+        return number
+
+    def writer(self, names: tuple[str, ...], form: Any) -> Callable[..., Any]:
+        """The function that writes values to slots of these names."""
+        place = ("write", names, form)
+        if place not in self._made:
+            self._made[place] = compiled(writing(names), self._options)
+        return self._made[place]
+
+    def get(self, key: int, form: Any, gate: Gate | None) -> Callable[..., Any]:
+        """The function for a form of call; ``gate`` is computed behind the stage."""
+        place = (key, form, None if gate is None else gate_kind(gate))
+        if place not in self._made:
+            graph = with_gate(self._graphs[key], gate)
+            self._made[place] = compiled(graph, self._options)
+        return self._made[place]
+
+
+class CompiledStage:
+    """Takes the place of a stage's graph.
+
+    Args:
+        stage: The stage.
+        index: Which one it is; the exit point behind it has the same number.
+        functions: Where its compiled functions are.
+    """
+
+    def __init__(self, stage: Stage, index: int, functions: Functions) -> None:
+        self.stage = stage
+        self.index = index
+        self.functions = functions
+        self.names = slot_names(stage)
+        self.slots = Slots(self.names)
+        self._keys = {frozen: functions.add(lower(stage, freeze=frozen)) for frozen in (False, True)}
+
+    def __call__(self, tokens: Any, hidden: Tensor, inputs: Sequence[Any]) -> Any:
+        """As ``Stage.forward``, where a token is live."""
+        end = len(inputs) - self.stage.synthesized
+        layout = self._layout(tokens, inputs[end:])
+        gate = self._gate(tokens)
+        key = self._keys[tokens.index is None and tokens.active is not None]
+        given = [plain_strides(hidden), *map(plain_strides, inputs[:end])]
+        form = (*self._form(tokens, layout), *(item is None for item in given))
+        function = self.functions.get(key, form, gate)
+        sources = [source.get() for source in self.stage.sources]
+        if gate is None:
+            return function(layout, *given, *sources)
+        layout.gate_state = state_of(gate)
+        *outputs, tokens.scores = function(layout, *given, *sources)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def pay(self, tokens: Any, inputs: Sequence[Any]) -> None:
+        """As ``Stage.pay``."""
+        owed = self.stage.owed
+        if any(item.mixer is not None for item in owed):
+            self.stage.pay(tokens, inputs)
+            return
+        end = len(inputs) - self.stage.synthesized
+        values = [v for item in owed for v in tokens.assemble(item.slot, (), inputs[end:])]
+        layout = DenseLayout(*self._shared(tokens))
+        layout.visible = None
+        form = (tokens.run.batch == 1, tokens.run.tokens == 1, Slots.state(layout.slots))
+        names = tuple(self.names[item.slot] for item in owed)
+        self.functions.writer(names, form)(layout, *values)
+
+    def _gate(self, tokens: Any) -> Gate | None:
+        gates = tokens.run.settings.gates
+        gate = gates[self.index] if self.index < len(gates) else None
+        return gate if gate is not None and fuses(gate) else None
+
+    def _shared(self, tokens: Any) -> tuple[Any, ...]:
+        run = tokens.run
+        place = Place(run.depth, self.index, len(run.settings.exits), run.phase)
+        return place, self.slots.of(run.cache), run.cache, run.kept, run.visible
+
+    def _layout(self, tokens: Any, synthesized: Sequence[SynthesizedKV | None]) -> Layout:
+        if tokens.index is None:
+            dense = DenseLayout(*self._shared(tokens))
+            dense.active = tokens.active
+            return dense
+        packed = PackedLayout(*self._shared(tokens))
+        packed.index = tokens.index
+        packed.rows = tokens.rows
+        packed.base = {
+            self.names[owed.slot]: tokens.base(owed, synthesized) for owed in self.stage.owed
+        }
+        return packed
+
+    def _form(self, tokens: Any, layout: Layout) -> tuple[Any, ...]:
+        """What sizes, types and None decide in a compiled function."""
+        run = tokens.run
+        sizes = (run.batch == 1, run.tokens == 1, run.visible is None)
+        state = Slots.state(layout.slots)
+        if isinstance(layout, DenseLayout):
+            return ("dense", *sizes, state)
+        return ("packed", *sizes, state, tokens.rows.everything)
