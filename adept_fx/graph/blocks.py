@@ -33,8 +33,13 @@ class Block(nn.Module):
 
     def forward(self, *inputs: Any) -> Any:
         """Runs the graph on ``inputs`` and the model's tensors as they are now."""
-        run = self._compiled[0] if self._compiled else self.graph
-        return run(*inputs, *[source.get() for source in self.sources])
+        if self._compiled:
+            return self._compiled[0](*inputs, *[source.get() for source in self.sources])
+        return self.run_graph(*inputs)
+
+    def run_graph(self, *inputs: Any) -> Any:
+        """The same, without compilation."""
+        return self.graph(*inputs, *[source.get() for source in self.sources])
 
     @property
     def compiled(self) -> bool:
@@ -102,9 +107,9 @@ class Stage(Block):
             if tokens.cache is not None:  # else nobody will read what the layers would have written
                 (self._compiled[0].pay if self._compiled else self.pay)(tokens, inputs)
             return hidden if self.outputs == 1 else (hidden,) * self.outputs
-        if self._compiled:
+        if self._compiled and not tokens.run.eager:
             return self._compiled[0](tokens, hidden, inputs)
-        return super().forward(tokens, hidden, *inputs)
+        return self.run_graph(tokens, hidden, *inputs)
 
     def pay(self, tokens: Any, inputs: Sequence[Any]) -> None:
         """Writes to the cache what was synthesized for tokens that skip these layers."""
@@ -166,13 +171,20 @@ class Synthesis(Block):
             tokens.gather_departed(item, axes) if axes else item
             for item, axes in zip(inputs, self.axes, strict=True)
         ]
-        flat = iter(super().forward(*leaving))
+        count = len(tokens.departed)
+        found = super().forward(*leaving)
+        flat = iter(found if found[0].shape[-2] == count else _first(found, count))
         values = {slot: tuple(islice(flat, count)) for slot, count in self.slots.items()}
         return SynthesizedKV(tokens.departed, values)
 
     def extra_repr(self) -> str:
         """Which layers the block fills."""
         return f"layers {self.layers.start}..{self.layers.stop - 1}"
+
+
+def _first(values: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Without the tokens that are there to fill up a size."""
+    return [value.narrow(-2, 0, count) for value in values]
 
 
 class AttentionRegion(nn.Module):

@@ -31,7 +31,7 @@ class Forms:
 
     def __call__(self, *inputs: Any) -> Any:
         """Runs the graph."""
-        given = [plain_strides(item) for item in inputs]
+        given = [plain(item) for item in inputs]
         form = tuple(_form(item) for item in given)
         function = self._made.get(form)
         if function is None:
@@ -46,13 +46,16 @@ def _form(item: Any) -> Any:
     return item.shape[:1] == (1,), item.shape[1:2] == (1,)
 
 
-def plain_strides(item: Any) -> Any:
-    """A tensor whose strides follow from its sizes: compiled graphs depend on them."""
+def plain(item: Any) -> Any:
+    """A tensor that is no view, and whose strides follow from its sizes.
+
+    Compiled graphs depend on the sizes of what a view is a view of, and on strides.
+    """
     if not isinstance(item, Tensor) or isinstance(item, torch.nn.Parameter):
         return item
-    if item.stride() == _strides(item.shape) or item.layout is not torch.strided:
-        return item
-    return item.reshape(-1).view(item.shape)
+    if item.layout is torch.strided and item.stride() != _strides(item.shape):
+        item = item.reshape(-1).view(item.shape)
+    return item.data if item._is_view() and not torch.is_grad_enabled() else item
 
 
 def _strides(shape: Sequence[int]) -> tuple[int, ...]:

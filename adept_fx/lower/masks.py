@@ -49,9 +49,9 @@ def visible_keys(masks: Sequence[Any], cache: Any, tokens: int) -> int | None:
     return count if all(_allows(mask, count) for mask in found) else None
 
 
-def cut_keys(masks: Sequence[Any], visible: int) -> bool:
-    """Whether keys must be cut: a cache may hold just as many."""
-    return any(mask is not None and mask.shape[-1] != visible for mask in masks)
+def fills(masks: Sequence[Any], visible: int) -> bool:
+    """Whether a cache is full with these keys: then there is nothing to cut."""
+    return any(mask is not None and mask.shape[-1] == visible for mask in masks)
 
 
 def _allows(mask: Any, count: int) -> bool:

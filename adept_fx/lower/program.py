@@ -13,7 +13,7 @@ from adept_fx.lower.stage import CompiledStage, Functions
 from adept_fx.pipeline import Program
 
 
-_KEPT_GUARDS = ("SHAPE_ENV", "GRAD_MODE")
+_COMPARED = ("self", "L['self']", "G[", "dict(type(")
 
 
 def compile_program(program: Program, stacks: Stacks, options: dict[str, Any]) -> None:
@@ -51,9 +51,8 @@ def compile_options(mode: str | None, options: dict[str, Any]) -> dict[str, Any]
 
 
 def _guards(entries: Sequence[Any]) -> list[bool]:
-    """Keeps the guards on what may change between two calls of one form."""
+    """Drops guards on what is compared elsewhere: the graph's own modules, code, parameters."""
     return [
-        entry.guard_type in _KEPT_GUARDS
-        or (entry.guard_type == "TENSOR_MATCH" and not isinstance(entry.value, nn.Parameter))
+        not (entry.name.startswith(_COMPARED) or isinstance(entry.value, nn.Parameter))
         for entry in entries
     ]

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from adept_fx.gates.base import Gate
 from adept_fx.graph.blocks import Stage, SynthesizedKV
 from adept_fx.lower.cache import Slots
-from adept_fx.lower.forms import compiled, plain_strides
+from adept_fx.lower.forms import compiled, plain
 from adept_fx.lower.gate import fuses, state_of
 from adept_fx.lower.graph import lower, slot_names, with_gate, writing
 from adept_fx.lower.layouts import DenseLayout, Layout, PackedLayout, Place
@@ -78,7 +78,7 @@ class CompiledStage:
         layout = self._layout(tokens, inputs[end:])
         gate = self._gate(tokens)
         key = self._keys[tokens.index is None and tokens.active is not None]
-        given = [plain_strides(hidden), *map(plain_strides, inputs[:end])]
+        given = [plain(hidden), *map(plain, inputs[:end])]
         form = (*self._form(tokens, layout), *(item is None for item in given))
         function = self.functions.get(key, form, gate)
         sources = [source.get() for source in self.stage.sources]
@@ -100,7 +100,7 @@ class CompiledStage:
         layout.visible = None
         form = (tokens.run.batch == 1, tokens.run.tokens == 1, Slots.state(layout.slots))
         names = tuple(self.names[item.slot] for item in owed)
-        self.functions.writer(names, form)(layout, *values)
+        self.functions.writer(names, form)(layout, *map(plain, values))
 
     def _gate(self, tokens: Any) -> Gate | None:
         gates = tokens.run.settings.gates
@@ -109,19 +109,20 @@ class CompiledStage:
 
     def _shared(self, tokens: Any) -> tuple[Any, ...]:
         run = tokens.run
-        place = Place(run.depth, self.index, len(run.settings.exits), run.phase)
+        place = Place(plain(run.depth), self.index, len(run.settings.exits), run.phase)
         return place, self.slots.of(run.cache), run.cache, run.kept, run.visible
 
     def _layout(self, tokens: Any, synthesized: Sequence[SynthesizedKV | None]) -> Layout:
         if tokens.index is None:
             dense = DenseLayout(*self._shared(tokens))
-            dense.active = tokens.active
+            dense.active = plain(tokens.active)
             return dense
         packed = PackedLayout(*self._shared(tokens))
-        packed.index = tokens.index
-        packed.rows = tokens.rows
+        packed.index = plain(tokens.index)
+        packed.rows = tokens.rows.each(plain)
         packed.base = {
-            self.names[owed.slot]: tokens.base(owed, synthesized) for owed in self.stage.owed
+            self.names[owed.slot]: tuple(map(plain, tokens.base(owed, synthesized)))
+            for owed in self.stage.owed
         }
         return packed
 

@@ -12,7 +12,7 @@ from adept_fx.capture import accepts, capture
 from adept_fx.errors import InputError, StaleGraphError
 from adept_fx.intercept.masks import RECURRENT
 from adept_fx.kv.base import build_policy
-from adept_fx.lower.masks import cut_keys, visible_keys
+from adept_fx.lower.masks import fills, visible_keys
 from adept_fx.lower.program import compile_options, compile_program
 from adept_fx.lower.stacks import Stacks
 from adept_fx.pipeline import Program, build, start
@@ -109,8 +109,12 @@ class ExitAwareForward:
             return
         masks = [inputs[at] for at in places]
         visible = visible_keys(masks, run.cache, run.tokens)
-        if visible is not None:
-            run.visible = visible if cut_keys(masks, visible) else None
+        if visible is None:
+            return
+        # The last step that a static cache has room for would be compiled apart.
+        run.eager = fills(masks, visible)
+        if not run.eager:
+            run.visible = visible
             for at in places:
                 inputs[at] = None
 

@@ -5,6 +5,8 @@ of the call. Every slot of ``[R, W]`` beyond a row's last live token repeats tha
 no query attends to nothing.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -120,6 +122,11 @@ class Rows:
         padded = padded.clamp(max=live - 1)
         within = torch.minimum(place, place.new_tensor(live - 1)) - start[row]
         return Rows(present, row * width + within, padded, (index % tokens)[padded], True)
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Rows":
+        """The same rows, with a function applied to each tensor."""
+        tensors = (self.present, self.slot, self.padded, self.column)
+        return Rows(*map(function, tensors), self.everything)
 
     @property
     def count(self) -> int:

@@ -92,6 +92,7 @@ class Run:
         # Compiled graphs take any size but 1, and all rows of the cache, which are not copied.
         self.keep_rows = settings.compiled
         self.visible: int | None = None
+        self.eager = False  # a form of call too rare to compile its stages for
         self._departed: list[Tensor] = []
         self._pooled = None
         if pooled is not None:

@@ -91,7 +91,10 @@ class Tokens:
         """A value of the layout before, of the tokens whose keys are to be synthesized."""
         if self.departed_select is None:
             raise ValueError("no token has left here")
-        return take(value, axes, self.departed_select, self._tokens_before)
+        chosen = self.departed_select
+        if self.run.settings.compiled and len(chosen) == 1:
+            chosen = chosen.expand(2)  # a size of 1 would be compiled apart
+        return take(value, axes, chosen, self._tokens_before)
 
     def spread(self, state: Tensor) -> Tensor:
         """This layout's states in the layout of the call, ``[B, S, D]``; padding is zero."""
@@ -147,7 +150,8 @@ class Tokens:
         """Puts live and synthesized values together, in the layout of the call."""
         parts: list[tuple[Tensor, Sequence[Tensor]]] = []
         if live and self.index is not None:
-            parts.append((self.index, live))
+            own = [value.narrow(-2, 0, self.count) for value in live]
+            parts.append((self.index[: self.count], own))
         for item in synthesized:
             if item is not None and slot in item.values:
                 parts.append((item.index, item.values[slot]))
