@@ -17,7 +17,11 @@ from adept_fx.report import command as explain
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
-COMMANDS: tuple[Callable[[Commands], None], ...] = (check.add_parser, explain.add_parser, bench.add_parser)
+COMMANDS: tuple[Callable[[Commands], None], ...] = (
+    check.add_parser,
+    explain.add_parser,
+    bench.add_parser,
+)
 """Add a command here."""
 
 _INTERRUPTED = 130  # What shells report of a command that Ctrl-C ended.

@@ -97,9 +97,7 @@ def test_keys_that_nobody_reads(use_cache: bool) -> None:
     stay, left = REAL & ~wants[0], REAL & wants[0]
     live, owed = int(stay.sum()), int((left & stay.any(1, keepdim=True)).sum())
     assert 0 < owed < int(left.sum())
-    if use_cache:
-        want = [int(REAL.sum())] * 4
-    else:
-        want = [int(REAL.sum()), live + owed, live + owed, owed]
+    first = int(REAL.sum())
+    want = [first] * 4 if use_cache else [first, live + owed, live + owed, owed]
     assert rows_of(products, "self_attn.k_proj") == want
-    assert rows_of(products, "mlp.down_proj") == [int(REAL.sum()), live, live, 0]
+    assert rows_of(products, "mlp.down_proj") == [first, live, live, 0]

@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from adept_fx.bench.cases import Case
@@ -135,7 +134,8 @@ class ExitAware(Arm):
 def _rewind(cache: Any, length: int) -> None:
     """Forgets the last token: every timed call is the same step."""
     if isinstance(cache, StaticCache):
-        for layer in cache.layers:
+        layers: Any = cache.layers
+        for layer in layers:
             layer.cumulative_length.fill_(length)
     else:
         cache.crop(length)

@@ -99,15 +99,14 @@ def standard(exit_layer: int) -> tuple[tuple[Case, str, float], ...]:
 
     ``"ratio"`` must be at most the bound, ``"efficiency"`` at least.
     """
-    half = {"exit": exit_layer}
     return (
         (Case("prefill", 1, 512), "ratio", 1.03),
         (Case("decode", 1, 128), "ratio", 1.03),
         (Case("decode", 8, 128), "ratio", 1.03),
         (Case("prefill", 1, 512, gates=False), "ratio", 1.01),
         (Case("decode", 1, 128, gates=False), "ratio", 1.01),
-        (Case("decode", 1, 128, 1.0, **half), "efficiency", 0.90),
-        (Case("prefill", 1, 1024, 0.5, **half), "efficiency", 0.80),
+        (Case("decode", 1, 128, 1.0, exit_layer), "efficiency", 0.90),
+        (Case("prefill", 1, 1024, 0.5, exit_layer), "efficiency", 0.80),
         (Case("prefill", 8, 256, shortest=32), "ratio", 0.75),
-        (Case("decode", 8, 128, 0.5, **half), "ratio", 1.03),
+        (Case("decode", 8, 128, 0.5, exit_layer), "ratio", 1.03),
     )

@@ -62,7 +62,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(options: argparse.Namespace) -> int:
     """Runs the cases, prints a table and writes the files; returns the exit status."""
     import torch
-    from rich.console import Console
 
     from adept_fx.bench import report
     from adept_fx.bench.runner import run_case
@@ -73,14 +72,14 @@ def run(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
     model = _model(options, device)
     setting, exit_layer = _setting(options, model)
-    console = Console()
+    console = _console()
     facts = report.hardware(device) | _facts(options, model, setting)
     title = _title(facts)
     rows = []
     for case, bound in _cases(options, exit_layer):
         with console.status(case.name):
             rows.append(run_case(model, case, setting, bound))
-        console.print(report.table(rows[-1:], case.name), highlight=False)
+        console.print(report.line(rows[-1]), highlight=False)
     console.print(report.table(rows, title))
     more = _extras(options, model, setting, exit_layer, console)
     if options.json:
@@ -88,6 +87,14 @@ def run(options: argparse.Namespace) -> int:
     if options.plot:
         report.plot(options.plot, rows, title)
     return int(any(row.kept is False for row in rows))
+
+
+def _console() -> Any:
+    """A terminal, or a page that is wide enough for the table."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=130)
 
 
 def _extras(
@@ -171,8 +178,8 @@ def _facts(options: argparse.Namespace, model: Any, setting: "Setting") -> dict[
 def _title(facts: dict[str, Any]) -> str:
     how = f"compiled ({facts['mode'] or 'default'})" if facts["compiled"] else "eager"
     return (
-        f"{facts['model']}, {facts['parameters'] / 1e6:.0f}M parameters, {facts['dtype']}, exits at "
-        f"{', '.join(map(str, facts['exits']))}, {facts['cache']} cache, {how}; "
+        f"{facts['model']}, {facts['parameters'] / 1e6:.0f}M parameters, {facts['dtype']}, "
+        f"exits at {', '.join(map(str, facts['exits']))}, {facts['cache']} cache, {how}; "
         f"{facts['name']}, {facts['threads']} threads, torch {facts['torch']}"
     )
 

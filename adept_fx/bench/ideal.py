@@ -53,9 +53,7 @@ def _skipped(found: Explanation, layer: int) -> int:
     return next((item.skipped_parameters for item in found.exits if item.after == layer), 0)
 
 
-def _flops(
-    case: Case, found: Explanation, config: Any, dtype: torch.dtype, head: int
-) -> Work:
+def _flops(case: Case, found: Explanation, config: Any, dtype: torch.dtype, head: int) -> Work:
     lengths = torch.tensor(case.lengths())
     tokens = int(lengths.sum())
     layers = _layers(found)
@@ -84,12 +82,13 @@ def _visible(case: Case) -> Tensor:
     return mask.cumsum(1) * mask
 
 
-def _bytes(
-    case: Case, found: Explanation, config: Any, dtype: torch.dtype, head: int
-) -> Work:
+def _bytes(case: Case, found: Explanation, config: Any, dtype: torch.dtype, head: int) -> Work:
     layers = _layers(found)
-    per_key = sum(layer.key[0] * layer.key[1] + layer.value[0] * layer.value[1]
-                  for layer in found.layers if layer.key and layer.value) / max(len(layers), 1)
+    per_key = sum(
+        layer.key[0] * layer.key[1] + layer.value[0] * layer.value[1]
+        for layer in found.layers
+        if layer.key and layer.value
+    ) / max(len(layers), 1)
     keys = float(sum(case.lengths()) + case.batch)
     base = sum(layers) + head + per_key * keys * len(layers)
     out = case.leaving()

@@ -17,7 +17,7 @@ _VOCABULARY = {"tiny": 256, "200m": 16384, "1b": 128256, "8b": 128256}
 
 def config_of(name: str) -> LlamaConfig:
     """The config of a preset: a Llama with grouped queries."""
-    sizes = PRESETS[name]
+    sizes: dict[str, Any] = dict(PRESETS[name])
     heads = sizes["hidden_size"] // _HEAD[name]
     return LlamaConfig(
         **sizes,

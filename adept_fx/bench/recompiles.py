@@ -14,8 +14,17 @@ _PROMPT, _SPACE = 16, 64
 
 
 @torch.no_grad()
-def count(model: Any, setting: Setting, steps: int = 500, warm_up: int = 100) -> dict[str, int]:
+def count(
+    model: Any, setting: Setting, steps: int = 500, warm_up: int = 100, backend: str = "inductor"
+) -> dict[str, int]:
     """Decodes with random exits at batch sizes 1..8, and counts graphs compiled after a warm-up.
+
+    Args:
+        model: The plain model.
+        setting: How to compile, and the exit points.
+        steps: Steps that count.
+        warm_up: Steps before them.
+        backend: As in ``torch.compile``.
 
     Returns:
         ``steps``, ``warm_up`` (steps before counting), ``compiled`` (graphs until then) and
@@ -24,7 +33,7 @@ def count(model: Any, setting: Setting, steps: int = 500, warm_up: int = 100) ->
     forget(model)
     config = adept_fx.ExitConfig(exits=setting.exits, gate=Replay([]), threshold=0.5)
     ee = adept_fx.transform(model, config)
-    ee.adept.compile(mode=setting.mode)
+    ee.adept.compile(mode=setting.mode, backend=backend)
     generator = torch.Generator().manual_seed(0)
     walk = _Walk(ee, generator)
     try:

@@ -19,10 +19,8 @@ _COLUMNS = ("base ms", "exits ms", "tokens/s", "ratio", "ideal", "efficiency", "
 
 def hardware(device: torch.device) -> dict[str, Any]:
     """What the figures were measured on."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = _processor()
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else _processor()
     return {
         "device": str(device),
         "name": name,
@@ -51,6 +49,15 @@ def table(rows: Sequence[Row], title: str) -> Table:
     for row in rows:
         found.add_row(row.name, *_cells(row))
     return found
+
+
+def line(row: Row) -> str:
+    """One row in words."""
+    warm_up = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in row.warm_up.items())
+    shown = f"ratio {row.ratio:.3f}, ideal {row.ideal:.3f}, efficiency {row.efficiency:.2f}"
+    if not row.steady:
+        shown = "noisy"
+    return f"{row.name}: {shown}, A/A {row.spread:.1%}; first call: {warm_up}"
 
 
 def _cells(row: Row) -> list[str]:

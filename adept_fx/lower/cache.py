@@ -35,7 +35,7 @@ class Slots:
         return {name: layers[at] for name, at in self.layers.items()}
 
     @staticmethod
-    def state(layers: dict[str, Any] | None) -> Any:
+    def state(layers: Mapping[str, Any] | None) -> Any:
         """What a compiled function depends on: kind of the layers, and whether they hold keys."""
         if not layers:
             return layers is None
@@ -52,10 +52,10 @@ class _Through:
         self.cache = cache
         self.layer = layer
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable
     def update(self, key: Tensor, value: Tensor) -> Any:
         return self.cache.update(key, value, self.layer)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable
     def update_indexer(self, key: Tensor) -> Any:
         return self.cache.update_indexer(key, self.layer)

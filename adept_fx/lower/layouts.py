@@ -50,6 +50,7 @@ class Layout:
     """
 
     index: Tensor | None = None
+    gate_state: Mapping[str, Tensor]
 
     def __init__(
         self,
@@ -184,7 +185,5 @@ class PackedLayout(Layout):
         self, needs: frozenset[str], hidden: Tensor, features: Sequence[Tensor]
     ) -> GateInputs:
         """The live tokens."""
-        packed = [
-            item[0] if item.ndim == 3 else item[0].transpose(0, 1) for item in features
-        ]
+        packed = [item[0] if item.ndim == 3 else item[0].transpose(0, 1) for item in features]
         return self.gate_inputs(needs, hidden[0], packed, self._positions)

@@ -12,7 +12,6 @@ from adept_fx.lower.stacks import Stacks, stack
 from adept_fx.lower.stage import CompiledStage, Functions
 from adept_fx.pipeline import Program
 
-
 _COMPARED = ("self", "L['self']", "G[", "dict(type(")
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from adept_fx.gates.base import Gate
@@ -70,7 +69,9 @@ class CompiledStage:
         self.functions = functions
         self.names = slot_names(stage)
         self.slots = Slots(self.names)
-        self._keys = {frozen: functions.add(lower(stage, freeze=frozen)) for frozen in (False, True)}
+        self._keys = {
+            frozen: functions.add(lower(stage, freeze=frozen)) for frozen in (False, True)
+        }
 
     def __call__(self, tokens: Any, hidden: Tensor, inputs: Sequence[Any]) -> Any:
         """As ``Stage.forward``, where a token is live."""

@@ -76,6 +76,7 @@ def packs(call: AttentionCall, query: Tensor, mask: Tensor | None) -> bool:
     return (
         call.function is sdpa_attention_forward
         and not call.extras
+        and call.keywords.get("softcap") is None
         and groups > 1
         and query.shape[2] == 1
         and (mask is None or mask.shape[1] == 1)

@@ -33,7 +33,7 @@ def gather_tokens(tokens: Any, value: Tensor, axes: Axes) -> Tensor:
 
 def scatter_tokens(layouts: Sequence[Any], hidden: Sequence[Tensor]) -> Tensor:
     """The last state of every token, ``[B, S, D]``: where it left, or after the last layer."""
-    result = layouts[0].spread(hidden[0])
+    result: Tensor = layouts[0].spread(hidden[0])
     for tokens, state in zip(layouts[1:], hidden[1:], strict=True):
         result = tokens.scatter(result, state)
     return result

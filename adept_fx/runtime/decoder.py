@@ -3,10 +3,12 @@
 import inspect
 import threading
 from copy import deepcopy
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import _config as shape_settings
 
 from adept_fx.capture import accepts, capture
 from adept_fx.errors import InputError, StaleGraphError
@@ -34,6 +36,9 @@ from adept_fx.shell import plain_shell
 if TYPE_CHECKING:
     from adept_fx.runtime.handle import Adept
 
+
+# Compiled graphs may not depend on two sizes having been equal once.
+_own_symbols: Any = partial(shape_settings.patch, use_duck_shape=False)  # type: ignore[attr-defined]
 
 # What a graph is captured for: whether the caller passes `position_ids`, which further arguments
 # (name, shape behind [B, S], dtype), whether it passes `inputs_embeds`, what autocast computes in.
@@ -76,7 +81,7 @@ class ExitAwareForward:
         """
         return self._run(args, kwargs)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = read_call(self.decoder, self.__signature__, args, kwargs)
         given = self._takes_positions and call.position_ids is not None
@@ -96,7 +101,7 @@ class ExitAwareForward:
         run = Run(settings, shape, real, cache, call.embeds.device, packable, pooled)
         if settings.compiled:
             self._drop_masks(program, inputs, run)
-        with torch.fx.experimental._config.patch(use_duck_shape=False):
+        with _own_symbols():
             hidden = program.graph(run, *inputs)
         self.adept.record(run)
         output = program.output_type(last_hidden_state=hidden, past_key_values=cache)

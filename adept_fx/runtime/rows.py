@@ -125,8 +125,13 @@ class Rows:
 
     def each(self, function: Callable[[Tensor], Tensor]) -> "Rows":
         """The same rows, with a function applied to each tensor."""
-        tensors = (self.present, self.slot, self.padded, self.column)
-        return Rows(*map(function, tensors), self.everything)
+        return Rows(
+            function(self.present),
+            function(self.slot),
+            function(self.padded),
+            function(self.column),
+            self.everything,
+        )
 
     @property
     def count(self) -> int:

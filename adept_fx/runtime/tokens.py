@@ -174,9 +174,7 @@ class Tokens:
         rows: Tensor = packed.unflatten(0, (batch, tokens))
         return rows.movedim(1, -2)
 
-    def base(
-        self, owed: Owed, synthesized: Sequence[SynthesizedKV | None]
-    ) -> tuple[Tensor, ...]:
+    def base(self, owed: Owed, synthesized: Sequence[SynthesizedKV | None]) -> tuple[Tensor, ...]:
         """What a slot is owed of the tokens that left, ``[B * S, ...]`` each; zero elsewhere."""
         places, device = self.run.batch * self.run.tokens, self.run.depth.device
         found = []

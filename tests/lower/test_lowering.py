@@ -1,0 +1,142 @@
+"""What compiled stages are made of: shared graphs, plain inputs, masks and heads left out."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import StaticCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+import adept_fx
+from adept_fx.bench import recompiles
+from adept_fx.bench.presets import build
+from adept_fx.bench.runner import Setting
+from adept_fx.gates import MLP, Linear
+from adept_fx.graph.blocks import Stage
+from adept_fx.lower.forms import Forms, plain
+from adept_fx.lower.graph import lower, slot_names
+from adept_fx.lower.masks import fills, slices_keys, visible_keys
+from adept_fx.lower.program import compile_options
+from adept_fx.lower.share import gate_kind, signature
+from adept_fx.ops.attention import AttentionCall, packed_attention, packs
+from models import tiny
+
+
+def _stages(model_type: str) -> tuple[Any, list[Stage]]:
+    ee = adept_fx.transform(tiny(model_type), adept_fx.ExitConfig(exits=(1, 2, 3)))
+    return ee, [b for b in ee.adept.graph.children() if isinstance(b, Stage)]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "different"), [("llama", 1), ("gpt2", 1), ("mixtral", 1), ("jamba", 4)]
+)
+def test_equal_stages_are_compiled_once(model_type: str, different: int) -> None:
+    """Whatever their numbers; modules with recurrent state read parameters of their own."""
+    _, stages = _stages(model_type)
+    found = [signature(lower(stage, freeze=False)) for stage in stages]
+    if different == 1:
+        assert found[0] is not None
+        assert found.count(found[0]) == len(stages)
+    else:
+        assert None in found
+
+
+def test_an_attention_function_of_the_model_s_own_is_not_shared() -> None:
+    """It may read parameters of its module: GPT-OSS reads its sinks."""
+    model = tiny("llama")
+    model.set_attn_implementation("eager")
+    ee = adept_fx.transform(model, adept_fx.ExitConfig(exits=(1, 2, 3)))
+    stages = [b for b in ee.adept.graph.children() if isinstance(b, Stage)]
+    assert {signature(lower(stage, freeze=False)) for stage in stages} == {None}
+
+
+def test_slots_are_numbered_within_their_stage() -> None:
+    _, stages = _stages("llama")
+    assert [slot_names(stage) for stage in stages][2] == {"kv_2": "kv_0"}
+
+
+def test_gates_of_one_kind() -> None:
+    assert gate_kind(MLP(8)) == gate_kind(MLP(8))
+    assert gate_kind(MLP(8)) != gate_kind(MLP(8, width=4))
+    assert gate_kind(MLP(8)) != gate_kind(Linear(8))
+
+
+def test_plain_tensors() -> None:
+    whole = torch.randn(4, 1, 6)
+    for view in (whole[1:2], whole.expand(4, 3, 6), whole.transpose(0, 2), whole[:, :, ::2]):
+        with torch.no_grad():
+            found = plain(view)
+        assert torch.equal(found, view)
+        assert not found._is_view()
+        assert found.stride() == torch.empty(view.shape).stride()
+    weight = nn.Parameter(torch.randn(3, 2))
+    assert plain(weight) is weight
+    assert plain(None) is None
+    assert plain(whole) is whole
+
+
+def test_a_graph_is_compiled_apart_for_sizes_of_one() -> None:
+    graph = torch.fx.symbolic_trace(torch.nn.Linear(3, 3).forward)
+    forms = Forms(graph, {"backend": "eager", "dynamic": True})
+    for size in (1, 4, 7, 1):
+        assert forms(torch.randn(size, 3)).shape == (size, 3)
+    assert len(forms._made) == 2
+
+
+def test_masks_that_allow_every_key_are_left_out() -> None:
+    model = tiny("llama")
+    cache = StaticCache(config=model.config, max_cache_len=8)
+    model(torch.ones(2, 4, dtype=torch.long), past_key_values=cache)
+    allows = torch.tensor([True] * 5 + [False] * 3).expand(2, 1, 1, 8)
+    assert visible_keys([allows], cache, 1) == 5
+    assert visible_keys([torch.where(allows, 0.0, -1e9)], cache, 1) == 5
+    assert visible_keys([allows], cache, 2) is None
+    assert visible_keys([None], cache, 1) is None
+    assert visible_keys([allows], None, 1) is None
+    holes = allows.clone()
+    holes[0, 0, 0, 1] = False
+    assert visible_keys([allows, holes], cache, 1) is None
+    assert not fills([allows], 5)
+    assert fills([allows], 8)
+    with torch.no_grad():
+        graph = adept_fx.transform(model, adept_fx.ExitConfig(exits=(2,))).adept.graph
+        assert slices_keys(graph)
+        bloom = adept_fx.transform(tiny("bloom"), adept_fx.ExitConfig(exits=(2,)))
+    assert not slices_keys(bloom.adept.graph)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_packed_heads_give_what_transformers_computes(masked: bool) -> None:
+    module: Any = SimpleNamespace(num_key_value_groups=3, is_causal=True, training=False)
+    call = AttentionCall(sdpa_attention_forward, module, {"scaling": 0.3, "dropout": 0.0})
+    query, key = torch.randn(2, 6, 1, 4), torch.randn(2, 2, 5, 4)
+    value = torch.randn(2, 2, 5, 8)
+    mask = torch.rand(2, 1, 1, 5) > 0.3 if masked else None
+    expected = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)[0]
+    assert packs(call, query, mask)
+    assert torch.allclose(packed_attention(call, query, key, value, mask), expected, atol=1e-6)
+    assert not packs(call, torch.randn(2, 6, 2, 4), mask)
+    assert not packs(call, query, torch.ones(2, 6, 1, 5, dtype=torch.bool))
+    capped = AttentionCall(sdpa_attention_forward, module, {"softcap": 3.0})
+    assert not packs(capped, query, mask)
+
+
+def test_options() -> None:
+    assert compile_options(None, {"backend": "eager"}) == {"dynamic": True, "backend": "eager"}
+    found = compile_options("max-autotune-no-cudagraphs", {})
+    assert found["options"]["max_autotune"]
+    assert "mode" not in found
+    assert compile_options(None, {"dynamic": False})["dynamic"] is False
+
+
+def test_nothing_is_compiled_after_the_warm_up() -> None:
+    """500 steps with random exits at batch sizes 1 to 8."""
+    model = build("tiny", torch.float32, torch.device("cpu"))
+    found = recompiles.count(model, Setting(exits=(2, 4, 6)), backend="eager")
+    assert found["compiled"] < 40
+    assert found["graphs"] == 0
+    assert found["steps"] == 500
