@@ -138,7 +138,9 @@ def _rewind(cache: Any, length: int) -> None:
         for layer in layers:
             layer.cumulative_length.fill_(length)
     else:
-        cache.crop(length)
+        surplus = cache.get_seq_length() - length
+        if surplus:
+            cache.crop(-surplus)
 
 
 def difference(left: Any, right: Any) -> float:

@@ -54,7 +54,8 @@ def plain(item: Any) -> Any:
     if not isinstance(item, Tensor) or isinstance(item, torch.nn.Parameter):
         return item
     if item.layout is torch.strided and item.stride() != _strides(item.shape):
-        item = item.reshape(-1).view(item.shape)
+        # What is contiguous may still have any stride where a size is 1.
+        item = item.contiguous().reshape(-1).view(item.shape)
     return item.data if item._is_view() and not torch.is_grad_enabled() else item
 
 

@@ -16,9 +16,9 @@ from models import tiny
 EXITS, STEPS, PROMPT = (1, 2, 3), 3, 6
 
 
-def _scores(batch: int, seed: int) -> list[Tensor]:
+def _scores(batch: int, seed: int, exits: int = 3) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(3, batch, PROMPT), *[(3, batch, 1)] * STEPS]
+    shapes = [(exits, batch, PROMPT), *[(exits, batch, 1)] * STEPS]
     return [torch.rand(*shape, generator=generator) for shape in shapes]
 
 
@@ -31,7 +31,7 @@ def _talk(ee: Any, batch: int, static: bool, padded: bool, plan: str, threshold:
     if padded:
         mask[0, : PROMPT // 2] = 0
     ee.adept.plan, ee.adept.thresholds = plan, threshold
-    ee.adept.set_gates(Replay(_scores(batch, batch)))
+    ee.adept.set_gates(Replay(_scores(batch, batch, len(ee.adept.config.exit_layers))))
     space = PROMPT + STEPS + 1
     cache: Any = (
         StaticCache(config=ee.config, max_cache_len=space)
@@ -48,22 +48,23 @@ def _talk(ee: Any, batch: int, static: bool, padded: bool, plan: str, threshold:
     return found, ee.adept.last_depth
 
 
-CASES = [
-    (batch, static, padded, plan, threshold)
-    for batch in (1, 3)
-    for static in (False, True)
-    for padded in (False, True)
-    for plan, threshold in (("auto", 0.5), ("compact", 0.5), ("dense", 0.8), ("auto", 1.0))
-    if not (padded and batch == 1)
-]
+# Rows, static cache, padding, plan, threshold.
+CASES = (
+    (3, False, True, "compact", 0.5),
+    (3, True, False, "dense", 0.8),
+    (1, True, False, "compact", 0.5),
+)
+FEW = CASES[:1]
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2", "bloom"])
-def test_every_layout_of_every_family(model_type: str) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "exits", "cases"),
+    [("llama", EXITS, CASES), ("gemma3_text", (2,), FEW), ("bloom", (2,), FEW)],
+)
+def test_every_layout(model_type: str, exits: tuple[int, ...], cases: Any) -> None:
     """Llama's stages share their graphs; Gemma's layers differ, Bloom attends by itself."""
-    config = adept_fx.ExitConfig(exits=EXITS, gate=Replay([]), threshold=0.5)
+    config = adept_fx.ExitConfig(exits=exits, gate=Replay([]), threshold=0.5)
     ee = adept_fx.transform(tiny(model_type), config)
-    cases = [case for case in CASES if not case[1] or model_type in ("llama", "gemma3_text")]
     expected = [_talk(ee, *case) for case in cases]
     ee.adept.compile(backend="eager")
     for case, (logits, depth) in zip(cases, expected, strict=True):
@@ -71,22 +72,6 @@ def test_every_layout_of_every_family(model_type: str) -> None:
         assert torch.equal(depth, found_depth), case
         for a, b in zip(logits, found, strict=True):
             assert (a - b).abs().max() <= 1e-5 * a.abs().max(), case
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_inductor_within_rounding(dtype: torch.dtype) -> None:
-    """bfloat16: at most twice as far from float32 as eager bfloat16 is."""
-    config = adept_fx.ExitConfig(exits=EXITS, gate=Replay([]), threshold=0.5)
-    model = tiny("llama", dtype)
-    ee = adept_fx.transform(model, config)
-    truth = adept_fx.transform(tiny("llama", dtype).float(), config)
-    case = (3, True, True, "compact", 0.5)
-    exact, eager = _talk(truth, *case)[0], _talk(ee, *case)[0]
-    ee.adept.compile()
-    for a, b, c in zip(exact, eager, _talk(ee, *case)[0], strict=True):
-        limit = 1e-5 * a.abs().max() if dtype == torch.float32 else 2 * (a - b).abs().max()
-        assert (a - c).abs().max() <= limit
 
 
 class PerToken(Gate):
