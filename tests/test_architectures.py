@@ -91,7 +91,7 @@ def test_shared_keys_are_read_by_later_stages() -> None:
 
 
 # The state and what layers behind the exit read: two rotary tables per kind, a piece per layer.
-GATHERED = {"pieces": (3 + 2) + (3 + 1), "gemma4_text": (1 + 4 + 3) + (1 + 2 + 1)}
+GATHERED = {"pieces": 6 + (3 + 2) + (3 + 1), "gemma4_text": 9 + (1 + 4 + 3) + (1 + 2 + 1)}
 
 
 @pytest.mark.parametrize("model_type", GATHERED)

@@ -125,21 +125,21 @@ def test_the_counter_sees_every_product(model_type: str) -> None:
 
 @every_family
 def test_compacted_tokens_are_not_computed(model_type: str) -> None:
-    """Of a ragged batch: neither are those that left, nor the pads."""
+    """Of a ragged batch: neither are those that left, nor, from the first exit on, the pads."""
     model, ee = shared(model_type, [WANTS], "compact")
     products = counted(model, lambda: ee(**prompt(model_type)))
     depth = depths(WANTS & REAL, EXITS, LAYERS, REAL)
-    live = [TOKENS] + [int((depth > layer).sum()) for layer in range(1, LAYERS)]
-    assert IDS.numel() > TOKENS > live[1] > live[3] > 0
+    live = [IDS.numel()] + [int((depth > layer).sum()) for layer in range(1, LAYERS)]
+    assert TOKENS > live[1] > live[3] > 0
     check(model_type, products, live, [0] + [TOKENS - count for count in live[1:]])
 
 
 @every_family
-def test_padding_costs_nothing(model_type: str) -> None:
+def test_padding_costs_nothing_after_the_first_exit(model_type: str) -> None:
     """Even if no token leaves."""
     model, ee = shared(model_type, [torch.zeros_like(WANTS)], "compact")
     products = counted(model, lambda: ee(**prompt(model_type)))
-    check(model_type, products, [TOKENS] * LAYERS, [0] * LAYERS)
+    check(model_type, products, [IDS.numel()] + [TOKENS] * 3, [0] * LAYERS)
 
 
 @every_family
@@ -151,8 +151,7 @@ def test_skipped_stages_are_not_computed(model_type: str, plan: str) -> None:
     model, ee = shared(model_type, [everyone, everyone[..., :1]], plan)
     held: list[Any] = []
     products = counted(model, lambda: held.append(ee(**prompt(model_type))))
-    first = TOKENS if plan == "compact" else IDS.numel()
-    check(model_type, products, [first, 0, 0, 0], [0] + [TOKENS] * 3)
+    check(model_type, products, [IDS.numel(), 0, 0, 0], [0] + [TOKENS] * 3)
     assert products.attentions in (0, 1)
     step = {"input_ids": IDS[:, :1], "past_key_values": held[0].past_key_values}
     seen = torch.cat([REAL, torch.ones(4, 1, dtype=torch.bool)], dim=1)

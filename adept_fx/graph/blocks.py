@@ -173,7 +173,8 @@ class Synthesis(Block):
         ]
         count = len(tokens.departed)
         found = super().forward(*leaving)
-        flat = iter(found if found[0].shape[-2] == count else _first(found, count))
+        filled = bool(found) and found[0].shape[-2] != count
+        flat = iter(_first(found, count) if filled else found)
         values = {slot: tuple(islice(flat, count)) for slot, count in self.slots.items()}
         return SynthesizedKV(tokens.departed, values)
 

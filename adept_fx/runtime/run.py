@@ -106,8 +106,10 @@ class Run:
         return self.batch * self.tokens if self.real is None else int(self.real.sum())
 
     def enter(self, inputs_embeds: Tensor) -> Tokens:
-        """All tokens in the layout of the call, or without padding where that pays."""
-        if self.real is None or not self.packable or not self.real_count:
+        """All tokens in the layout of the call; compiled, without padding where that pays."""
+        if not self.settings.compiled or self.real is None:
+            return Tokens(self)
+        if not self.packable or not self.real_count:
             return Tokens(self)
         small = self.settings.plan == "auto" and self.batch * self.tokens < FEW_TOKENS
         if small or not self._pays(self.real_count):
