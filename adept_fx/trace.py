@@ -123,7 +123,8 @@ def _export_tied(
 def _export(
     decoder: nn.Module, recorder: Recorder, form: Form, rows: int
 ) -> tuple[ExportedProgram, Symbols]:
-    device = decoder.get_input_embeddings().weight.device  # type: ignore[operator]
+    weight = decoder.get_input_embeddings().weight  # type: ignore[operator]
+    device = weight.device
     kinds = (FULL, "chunked_attention", "sliding_attention")
     ids = torch.zeros(_BATCH, _TOKENS, dtype=torch.long, device=device)
     example: dict[str, Any] = {
@@ -136,7 +137,6 @@ def _export(
         },
     }
     if form.embeds:
-        weight = decoder.get_input_embeddings().weight  # type: ignore[operator]
         example["embedded"] = weight.new_zeros(_BATCH, _TOKENS, weight.shape[1])
     else:
         example["input_ids"] = ids

@@ -14,28 +14,20 @@ import time
 from typing import Any
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 
 import adept_fx
+from adept_fx.bench import presets
+from adept_fx.bench.presets import PRESETS
 from adept_fx.gates import FixedDepth
 
-LAYERS = 16
+PRESET = "200m"
+LAYERS = PRESETS[PRESET]["num_hidden_layers"]
 
 
 def build() -> Any:
     """A Llama of about 200M parameters, 16 layers, bf16, with random weights."""
-    config = LlamaConfig(
-        hidden_size=1024,
-        intermediate_size=2560,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        vocab_size=16384,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    model: Any = LlamaForCausalLM(config)
-    return model.to(torch.bfloat16).eval()
+    return presets.build(PRESET, torch.bfloat16, torch.device("cpu"))
 
 
 @torch.no_grad()

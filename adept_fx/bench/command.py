@@ -4,7 +4,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adept_fx.bench.presets import PRESETS
 from adept_fx.errors import ConfigError
+from adept_fx.files import require_writable
 
 if TYPE_CHECKING:
     import torch
@@ -12,7 +14,6 @@ if TYPE_CHECKING:
     from adept_fx.bench.cases import Case
     from adept_fx.bench.runner import Setting
 
-_PRESETS = ("tiny", "200m", "1b", "8b")
 _EPILOG = """\
 Both models have the same weights, cache class and attention, and are compiled in the same mode:
 the plain one by model.compile(), the rewritten one by ee.adept.compile(). They are called in turn,
@@ -39,7 +40,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     option = parser.add_argument
     option("--model", metavar="NAME_OR_PATH", help="a folder, or a repository owner/name")
-    option("--preset", choices=_PRESETS, default="200m", help="size of a Llama with random weights")
+    option("--preset", choices=PRESETS, default="200m", help="size of a Llama with random weights")
     option("--exits", type=_numbers, metavar="4,8,12", help="default: after each quarter")
     option("--exit", type=int, metavar="N", help="where tokens leave (default: the middle exit)")
     option("--phase", type=_words, metavar="prefill,decode", help="sweep these phases")
@@ -66,9 +67,7 @@ def run(options: argparse.Namespace) -> int:
     from adept_fx.bench import report
     from adept_fx.bench.runner import run_case
 
-    for place in (options.json, options.plot):
-        if place is not None and (place.is_dir() or not place.parent.is_dir()):
-            raise ConfigError(f"cannot write the file {place}", hint="does its folder exist?")
+    require_writable(options.json, options.plot)
     device = torch.device(options.device)
     model = _model(options, device)
     setting, exit_layer = _setting(options, model)

@@ -40,8 +40,9 @@ def work(case: Case, found: Explanation, config: Any, dtype: torch.dtype, head: 
         dtype: Dtype of weights and cache.
         head: Parameters of the head.
     """
-    count = _flops if case.phase == "prefill" else _bytes
-    return count(case, found, config, dtype, head)
+    if case.phase == "prefill":
+        return _flops(case, found, config, head)
+    return _bytes(case, found, dtype, head)
 
 
 def _layers(found: Explanation) -> list[int]:
@@ -53,9 +54,8 @@ def _skipped(found: Explanation, layer: int) -> int:
     return next((item.skipped_parameters for item in found.exits if item.after == layer), 0)
 
 
-def _flops(case: Case, found: Explanation, config: Any, dtype: torch.dtype, head: int) -> Work:
-    lengths = torch.tensor(case.lengths())
-    tokens = int(lengths.sum())
+def _flops(case: Case, found: Explanation, config: Any, head: int) -> Work:
+    tokens = sum(case.lengths())
     layers = _layers(found)
     width = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -67,10 +67,9 @@ def _flops(case: Case, found: Explanation, config: Any, dtype: torch.dtype, head
     # The base computes padding; attention is counted as visible keys on both sides.
     base = linear * padded + attention * len(layers) + last
     out = case.leaving()
-    left = int(out.sum())
-    saved = 2.0 * _skipped(found, case.exit) * left
+    saved = 2.0 * _skipped(found, case.exit) * int(out.sum())
     unasked = 4.0 * width * float(seen[out].sum()) * (len(layers) - case.exit)
-    executed = linear * tokens + attention * len(layers) + last - saved - unasked * bool(left)
+    executed = linear * tokens + attention * len(layers) + last - saved - unasked
     return Work(base, executed)
 
 
@@ -82,7 +81,7 @@ def _visible(case: Case) -> Tensor:
     return mask.cumsum(1) * mask
 
 
-def _bytes(case: Case, found: Explanation, config: Any, dtype: torch.dtype, head: int) -> Work:
+def _bytes(case: Case, found: Explanation, dtype: torch.dtype, head: int) -> Work:
     layers = _layers(found)
     per_key = sum(
         layer.key[0] * layer.key[1] + layer.value[0] * layer.value[1]
@@ -92,9 +91,8 @@ def _bytes(case: Case, found: Explanation, config: Any, dtype: torch.dtype, head
     keys = float(sum(case.lengths()) + case.batch)
     base = sum(layers) + head + per_key * keys * len(layers)
     out = case.leaving()
-    everything = bool(out.all())
-    skipped = _skipped(found, case.exit) if everything else 0
+    skipped = _skipped(found, case.exit) if out.all() else 0
     gone = torch.tensor(case.lengths())[out[:, 0]] + 1
     unread = per_key * float(gone.sum()) * (len(layers) - case.exit)
-    executed = base - skipped - (unread if case.share else 0.0)
+    executed = base - skipped - unread
     return Work(base * dtype.itemsize, executed * dtype.itemsize)

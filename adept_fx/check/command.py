@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 import shlex
 from contextlib import closing
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from adept_fx.check.child import Limits
 from adept_fx.errors import ConfigError
+from adept_fx.files import require_writable
 
 if TYPE_CHECKING:
     from adept_fx.check.result import CheckResult
@@ -89,10 +89,7 @@ def _results(
 
 def _require_places(options: argparse.Namespace) -> None:
     """Before the checks run, and not after half an hour of them."""
-    for file in filter(None, (options.json, options.markdown)):
-        place = file if file.exists() else file.parent
-        if file.is_dir() or not file.parent.is_dir() or not os.access(place, os.W_OK):
-            raise ConfigError(f"cannot write the file {file}", hint="does its folder exist?")
+    require_writable(options.json, options.markdown)
     try:
         if options.logs:
             options.logs.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from adept_fx.errors import ConfigError, GateError
 
-NEEDS = ("previous", "query", "key", "value", "logits")
+FEATURES = ("previous", "query", "key", "value")
+"""What a gate may be given of the layers before it, in this order."""
+
+NEEDS = (*FEATURES, "logits")
 """What a gate may ask for in `Gate.needs`."""
 
 
@@ -84,6 +87,9 @@ class Gate(nn.Module):
         needs: Which optional fields of `GateInputs` `forward` reads.
         keeps_python_state: True if `forward` reads or writes Python state that changes from call
             to call; such a gate runs outside compiled regions.
+        per_token: True if `forward` treats every token alike and by itself. A compiled stage then
+            computes it along with its layers, for padding and for tokens that have left, too;
+            those scores are not read.
     """
 
     needs: frozenset[str] = frozenset()

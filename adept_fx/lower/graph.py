@@ -72,7 +72,7 @@ def lower(stage: Stage, *, freeze: bool) -> fx.GraphModule:
         )
         copies[node].meta = dict(node.meta)
     graph.lint()
-    return fx.GraphModule(_root(stage.graph), graph, class_name="Stage")
+    return fx.GraphModule(stage.graph, graph, class_name="Stage")
 
 
 def with_gate(graph: fx.GraphModule, gate: Gate | None) -> fx.GraphModule:
@@ -80,34 +80,27 @@ def with_gate(graph: fx.GraphModule, gate: Gate | None) -> fx.GraphModule:
     copied = fx.Graph()
     copies: dict[Node, Node] = {}
     outputs: Any = copied.graph_copy(graph.graph, copies)
-    root = _root(graph)
+    parts: dict[str, nn.Module] = dict(graph.named_children())
     if gate is not None:
         found = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
-        root.add_module("gate", GateRegion(gate))
+        parts["gate"] = GateRegion(gate)
         tokens = copies[next(iter(graph.graph.nodes))]
         seen = found[: 1 + len(gate.needs - {"logits"})]
         outputs = (*found, copied.call_module("gate", (tokens, *seen)))
     copied.output(outputs)
-    return fx.GraphModule(root, copied, class_name="Stage")
+    return fx.GraphModule(parts, copied, class_name="Stage")
 
 
 def writing(names: Sequence[str]) -> fx.GraphModule:
     """A graph that writes values to slots: ``(layout, *values)``, keys and values in turn."""
     graph = fx.Graph()
     layout = graph.placeholder("tokens")
-    for name in names:
-        index = name.startswith("indexer")
-        values = [graph.placeholder(f"{name}_{at}") for at in range(1 if index else 2)]
-        function = ops.write_index if index else ops.write_cache
-        graph.call_function(function, (layout, *values, name, ()))
-    for node in reversed(graph.find_nodes(op="placeholder")):
-        next(iter(graph.nodes)).prepend(node)
+    functions = [ops.write_index if n.startswith("indexer") else ops.write_cache for n in names]
+    values = [
+        [graph.placeholder(f"{name}_{at}") for at in range(1 if f is ops.write_index else 2)]
+        for name, f in zip(names, functions, strict=True)
+    ]
+    for name, function, own in zip(names, functions, values, strict=True):
+        graph.call_function(function, (layout, *own, name, ()))
     graph.output(())
     return fx.GraphModule(nn.Module(), graph, class_name="Writing")
-
-
-def _root(graph: fx.GraphModule) -> nn.Module:
-    root = nn.Module()
-    for name, part in graph.named_children():
-        root.add_module(name, part)
-    return root

@@ -6,8 +6,8 @@ reads numbers off tensors. Compiled, it is one of these: nothing in them depends
 values, so that sizes stay symbols and one compilation serves any number of tokens.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,29 +15,11 @@ from torch import Tensor
 
 from adept_fx.gates.base import GateInputs
 from adept_fx.graph.symbols import TokenAxes
+from adept_fx.runtime.gate_inputs import Place, gate_inputs
 from adept_fx.runtime.rows import Rows
 
-_FEATURES = ("previous", "query", "key", "value")
 
-
-@dataclass(frozen=True, eq=False)
-class Place:
-    """Where a stage is in a forward: what its gate is told.
-
-    Attributes:
-        grid: Any tensor ``[B, S]``.
-        exit_index: The exit point behind the stage.
-        num_exits: Number of exit points.
-        phase: ``"prefill"`` or ``"decode"``.
-    """
-
-    grid: Tensor
-    exit_index: int
-    num_exits: int
-    phase: str
-
-
-class Layout:
+class Layout(ABC):
     """What both layouts share.
 
     Args:
@@ -49,7 +31,6 @@ class Layout:
             nothing yet. None if attention is given a mask that says so.
     """
 
-    index: Tensor | None = None
     gate_state: Mapping[str, Tensor]
 
     def __init__(
@@ -66,9 +47,11 @@ class Layout:
         self.kept = kept
         self.visible = visible
 
-    def store(self, slot: str, values: tuple[Tensor, ...], shared: bool) -> tuple[Tensor, ...]:
-        """Hands a slot's new values to the cache; returns all that it has."""
-        result = values
+    def write(
+        self, slot: str, live: Sequence[Tensor], synthesized: object, shared: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Writes a slot of a layer; returns all that the layer may attend to."""
+        result = values = self.assemble(slot, live, synthesized)
         if self.slots is not None:
             layer = self.slots[slot]
             if slot.startswith("indexer"):
@@ -82,39 +65,32 @@ class Layout:
             self.kept[slot] = result
         return result
 
-    def gate_inputs(
-        self, needs: frozenset[str], hidden: Tensor, features: Sequence[Tensor], index: Tensor
-    ) -> GateInputs:
-        """Inputs of a gate on packed states ``[N, D]`` and features ``[N, ...]``."""
-        place = self.place
-        wanted = [name for name in _FEATURES if name in needs]
-        tokens = place.grid.shape[1]
-        return GateInputs(
-            hidden=hidden,
-            batch_index=torch.div(index, tokens, rounding_mode="floor"),
-            token_index=index % tokens,
-            exit_index=place.exit_index,
-            phase=place.phase,
-            num_exits=place.num_exits,
-            batch_shape=(place.grid.shape[0], tokens),
-            **dict(zip(wanted, features, strict=True)),
-        )
+    @abstractmethod
+    def assemble(
+        self, slot: str, live: Sequence[Tensor], synthesized: object
+    ) -> tuple[Tensor, ...]:
+        """A slot's values of all tokens, in the layout of the call."""
 
 
 class DenseLayout(Layout):
     """All tokens of the call, ``[B, S]``.
 
-    Attributes:
+    Args:
+        shared: Arguments of :class:`Layout`.
         active: Which tokens go on, ``[B, S]``; None if none has left.
     """
 
-    active: Tensor | None = None
+    index = None
 
-    def write(
-        self, slot: str, live: Sequence[Tensor], synthesized: object, shared: bool = False
+    def __init__(self, *shared: Any, active: Tensor | None = None) -> None:
+        super().__init__(*shared)
+        self.active = active
+
+    def assemble(
+        self, slot: str, live: Sequence[Tensor], synthesized: object
     ) -> tuple[Tensor, ...]:
-        """Writes a slot of a layer; returns all that the layer may attend to."""
-        return self.store(slot, tuple(live), shared)
+        """The live values: all tokens have one."""
+        return tuple(live)
 
     def freeze(self, new: Tensor, frozen: Tensor) -> Tensor:
         """Keeps the states of tokens that have left."""
@@ -131,47 +107,41 @@ class DenseLayout(Layout):
             for item in features
         ]
         index = torch.arange(self.place.grid.numel(), device=hidden.device)
-        return self.gate_inputs(needs, hidden.flatten(0, 1), packed, index)
+        return gate_inputs(self.place, needs, index, hidden.flatten(0, 1), packed)
 
 
 class PackedLayout(Layout):
     """Live tokens only, ``[1, N]``.
 
-    Attributes:
+    Args:
+        shared: Arguments of :class:`Layout`.
         index: Their positions ``b * S + s``, ``[N]``. The last may be repeated.
         rows: How they lie in rows.
         base: Per slot, its values for the tokens that left, ``[B * S, ...]``; zero elsewhere.
     """
 
-    rows: Rows
-    base: Mapping[str, tuple[Tensor, ...]]
-
-    def write(
-        self, slot: str, live: Sequence[Tensor], synthesized: object, shared: bool = False
-    ) -> tuple[Tensor, ...]:
-        """Writes a slot of a layer; returns all that the layer may attend to."""
-        return self.store(slot, self.assemble(slot, live, synthesized), shared)
+    def __init__(
+        self, *shared: Any, index: Tensor, rows: Rows, base: Mapping[str, tuple[Tensor, ...]]
+    ) -> None:
+        super().__init__(*shared)
+        self.index = index
+        self.rows = rows
+        self.base = base
 
     def assemble(
         self, slot: str, live: Sequence[Tensor], synthesized: object
     ) -> tuple[Tensor, ...]:
-        """Puts live values beside those of tokens that left, in the layout of the call."""
+        """Puts live values beside those of tokens that left."""
         batch, tokens = self.place.grid.shape
         found = []
         for base, value in zip(self.base[slot], live, strict=True):
-            whole = base.index_copy(0, self._positions, value[0].movedim(-2, 0))
+            whole = base.index_copy(0, self.index, value[0].movedim(-2, 0))
             found.append(whole.unflatten(0, (batch, tokens)).movedim(1, -2))
         return tuple(found)
 
-    @property
-    def _positions(self) -> Tensor:
-        if self.index is None:
-            raise ValueError("a packed layout has positions")
-        return self.index
-
     def pick(self, whole: Tensor) -> Tensor:
         """The live tokens of ``whole [B, S, D]``."""
-        return whole.flatten(0, 1).index_select(0, self._positions).unsqueeze(0)
+        return whole.flatten(0, 1).index_select(0, self.index).unsqueeze(0)
 
     def freeze(self, new: Tensor, frozen: Tensor) -> Tensor:
         """Every token here is live."""
@@ -186,4 +156,4 @@ class PackedLayout(Layout):
     ) -> GateInputs:
         """The live tokens."""
         packed = [item[0] if item.ndim == 3 else item[0].transpose(0, 1) for item in features]
-        return self.gate_inputs(needs, hidden[0], packed, self._positions)
+        return gate_inputs(self.place, needs, self.index, hidden[0], packed)

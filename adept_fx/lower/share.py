@@ -9,8 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from adept_fx.gates.base import Gate
 from adept_fx.graph.blocks import AttentionRegion, MixerRegion
 from adept_fx.ops.attention import Attention, AttentionCall
-
-_PLAIN = (bool, int, float, str, type(None))
+from adept_fx.runtime.fingerprint import PLAIN
 
 
 def signature(graph: fx.GraphModule) -> Any:
@@ -82,13 +81,13 @@ def _of_call(call: AttentionCall) -> Any:
 
 
 def _settings(module: nn.Module) -> Any:
-    found = {k: v for k, v in vars(module).items() if k != "layer_idx" and isinstance(v, _PLAIN)}
+    found = {k: v for k, v in vars(module).items() if k != "layer_idx" and isinstance(v, PLAIN)}
     return type(module), tuple(sorted(found.items(), key=lambda item: item[0]))
 
 
 def _keywords(keywords: dict[str, Any]) -> Any:
     return tuple(
-        (name, value if isinstance(value, _PLAIN) else id(value))
+        (name, value if isinstance(value, PLAIN) else id(value))
         for name, value in sorted(keywords.items())
     )
 
@@ -97,5 +96,5 @@ def gate_kind(gate: Gate) -> Any:
     """Equal for gates that differ in nothing but their own tensors."""
     if len(list(gate.modules())) > 1:
         return id(gate)
-    plain = {k: v for k, v in vars(gate).items() if isinstance(v, _PLAIN) and k[0] != "_"}
+    plain = {k: v for k, v in vars(gate).items() if isinstance(v, PLAIN) and k[0] != "_"}
     return type(gate), tuple(sorted(plain.items())), tuple(sorted(gate.needs))

@@ -11,7 +11,7 @@ from adept_fx.lower.cache import Slots
 from adept_fx.lower.forms import compiled, plain
 from adept_fx.lower.gate import fuses, state_of
 from adept_fx.lower.graph import lower, slot_names, with_gate, writing
-from adept_fx.lower.layouts import DenseLayout, Layout, PackedLayout, Place
+from adept_fx.lower.layouts import DenseLayout, Layout, PackedLayout
 from adept_fx.lower.share import gate_kind, signature
 
 
@@ -40,17 +40,16 @@ class Functions:
 
     def writer(self, names: tuple[str, ...], form: Any) -> Callable[..., Any]:
         """The function that writes values to slots of these names."""
-        place = ("write", names, form)
-        if place not in self._made:
-            self._made[place] = compiled(writing(names), self._options)
-        return self._made[place]
+        return self._compiled(("write", names, form), lambda: writing(names))
 
     def get(self, key: int, form: Any, gate: Gate | None) -> Callable[..., Any]:
         """The function for a form of call; ``gate`` is computed behind the stage."""
         place = (key, form, None if gate is None else gate_kind(gate))
+        return self._compiled(place, lambda: with_gate(self._graphs[key], gate))
+
+    def _compiled(self, place: Any, graph: Callable[[], fx.GraphModule]) -> Callable[..., Any]:
         if place not in self._made:
-            graph = with_gate(self._graphs[key], gate)
-            self._made[place] = compiled(graph, self._options)
+            self._made[place] = compiled(graph(), self._options)
         return self._made[place]
 
 
@@ -97,8 +96,7 @@ class CompiledStage:
             return
         end = len(inputs) - self.stage.synthesized
         values = [v for item in owed for v in tokens.assemble(item.slot, (), inputs[end:])]
-        layout = DenseLayout(*self._shared(tokens))
-        layout.visible = None
+        layout = DenseLayout(*self._shared(tokens, visible=None))
         form = (tokens.run.batch == 1, tokens.run.tokens == 1, Slots.state(layout.slots))
         names = tuple(self.names[item.slot] for item in owed)
         self.functions.writer(names, form)(layout, *map(plain, values))
@@ -108,24 +106,20 @@ class CompiledStage:
         gate = gates[self.index] if self.index < len(gates) else None
         return gate if gate is not None and fuses(gate) else None
 
-    def _shared(self, tokens: Any) -> tuple[Any, ...]:
+    def _shared(self, tokens: Any, visible: int | None) -> tuple[Any, ...]:
         run = tokens.run
-        place = Place(plain(run.depth), self.index, len(run.settings.exits), run.phase)
-        return place, self.slots.of(run.cache), run.cache, run.kept, run.visible
+        return run.place(self.index), self.slots.of(run.cache), run.cache, run.kept, visible
 
     def _layout(self, tokens: Any, synthesized: Sequence[SynthesizedKV | None]) -> Layout:
+        shared = self._shared(tokens, tokens.run.visible)
         if tokens.index is None:
-            dense = DenseLayout(*self._shared(tokens))
-            dense.active = plain(tokens.active)
-            return dense
-        packed = PackedLayout(*self._shared(tokens))
-        packed.index = plain(tokens.index)
-        packed.rows = tokens.rows.each(plain)
-        packed.base = {
+            return DenseLayout(*shared, active=plain(tokens.active))
+        base = {
             self.names[owed.slot]: tuple(map(plain, tokens.base(owed, synthesized)))
             for owed in self.stage.owed
         }
-        return packed
+        rows = tokens.rows.each(plain)
+        return PackedLayout(*shared, index=plain(tokens.index), rows=rows, base=base)
 
     def _form(self, tokens: Any, layout: Layout) -> tuple[Any, ...]:
         """What sizes, types and None decide in a compiled function."""

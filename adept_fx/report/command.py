@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adept_fx.errors import AdeptError, ConfigError
+from adept_fx.files import require_writable
 
 if TYPE_CHECKING:
     from adept_fx.config import ExitConfig
@@ -42,7 +43,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(options: argparse.Namespace) -> int:
     """Explains a model, prints it and writes the file; returns the exit status."""
-    _require_place(options.json)
+    require_writable(options.json)
     from rich.console import Console
 
     from adept_fx.report.explain import explain
@@ -93,12 +94,6 @@ def _model(subject: str) -> Any:
             f"no causal language model of {subject!r} can be built: {reason}",
             hint="a folder or repository needs a config.json of such a model",
         ) from error
-
-
-def _require_place(file: Path | None) -> None:
-    """Before the model is made."""
-    if file is not None and (file.is_dir() or not file.parent.is_dir()):
-        raise ConfigError(f"cannot write the file {file}", hint="does its folder exist?")
 
 
 def _exits(text: str) -> tuple[int, ...] | str:

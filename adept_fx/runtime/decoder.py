@@ -2,6 +2,7 @@
 
 import inspect
 import threading
+from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -101,7 +102,7 @@ class ExitAwareForward:
         run = Run(settings, shape, real, cache, call.embeds.device, packable, pooled)
         if settings.compiled:
             self._drop_masks(program, inputs, run)
-        with _own_symbols():
+        with _own_symbols() if settings.compiled else nullcontext():
             hidden = program.graph(run, *inputs)
         self.adept.record(run)
         output = program.output_type(last_hidden_state=hidden, past_key_values=cache)

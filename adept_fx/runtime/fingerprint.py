@@ -19,7 +19,7 @@ _SETTINGS = (
 )
 # PEFT's layers list further ones, such as the scale of an adapter, in this attribute.
 _LISTED = "other_param_names"
-_PLAIN = (bool, int, float, str, type(None))
+PLAIN = (bool, int, float, str, type(None))
 _CHOICES = ("_attn_implementation", "_experts_implementation")
 _CONFIG_SETTINGS = (*_CHOICES, "is_causal")
 _RECORDERS = ("transformers.utils.output_capturing", "transformers.utils.generic")
@@ -86,7 +86,7 @@ class Fingerprint:
         for name in (*_SETTINGS, *getattr(module, _LISTED, ())):
             if hasattr(module, name):
                 value = getattr(module, name)
-                if isinstance(value, _PLAIN):
+                if isinstance(value, PLAIN):
                     self._set(module, name, value)
                 elif isinstance(value, (list, dict)) and _is_plain(value):
                     self._set(module, name, copy(value))
@@ -123,7 +123,7 @@ class Fingerprint:
 def _is_plain(value: list[Any] | dict[Any, Any]) -> bool:
     """Whether a container holds nothing but numbers, texts and the like: it can be compared."""
     items = value.values() if isinstance(value, dict) else value
-    return all(isinstance(item, _PLAIN) for item in items)
+    return all(isinstance(item, PLAIN) for item in items)
 
 
 def choices(decoder: nn.Module) -> dict[str, Any]:

@@ -143,9 +143,11 @@ class Adept(nn.Module):
         """Compiles the graph in place: ``generate()`` and every other call use it.
 
         Each stage, the KV synthesis and the final norm become one ``torch.compile`` region with
-        dynamic sizes; gates run between them. Key and value weights of skipped layers become views
-        of one buffer per kind, so that they are projected in one batched product where that is
-        faster; their memory does not grow. A change to the model raises ``StaleGraphError``.
+        dynamic sizes; equal stages share theirs. Gates that are computed token by token
+        (``Gate.per_token``) run with the stage before them, the others between the stages. Key and
+        value weights of skipped layers become views of one buffer per kind, so that they are
+        projected in one batched product where that is faster; their memory does not grow. A change
+        to the model raises ``StaleGraphError``.
 
         Args:
             mode: As in ``torch.compile``.

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from adept_fx.gates.base import Gate, GateInputs
 from adept_fx.graph.symbols import TokenAxes
+from adept_fx.runtime.gate_inputs import Place, gate_inputs, wanted
 from adept_fx.runtime.plan import FEW_TOKENS, bucket, profitable
 from adept_fx.runtime.rows import share_row, take
 from adept_fx.runtime.scores import check_scores
 from adept_fx.runtime.tokens import Tokens
 
-_FEATURES = ("previous", "query", "key", "value")
 _HIDDEN = TokenAxes(batch=0, token=1)
 _HEADS = TokenAxes(batch=0, token=2)
 
@@ -89,8 +89,6 @@ class Run:
         self.exited = [0] * len(settings.exits)
         self.executed = 0
         self.kept: dict[str, tuple[Tensor, ...]] = {}
-        # Compiled graphs take any size but 1, and all rows of the cache, which are not copied.
-        self.keep_rows = settings.compiled
         self.visible: int | None = None
         self.eager = False  # a form of call too rare to compile its stages for
         self._departed: list[Tensor] = []
@@ -228,23 +226,16 @@ class Run:
         everything = torch.arange(self.batch * self.tokens, device=hidden.device)
         index = everything if live is None else live
         states = hidden.flatten(0, 1) if live is None else pick(hidden, _HIDDEN)
-        wanted = [name for name in _FEATURES if name in gate.needs]
-        found = {
-            name: pick(value, _HIDDEN if name == "previous" else _HEADS)
-            for name, value in zip(wanted, features, strict=True)
-        }
-        if "logits" in gate.needs:
-            found["logits"] = self.settings.logits(states)
-        return GateInputs(
-            hidden=states,
-            batch_index=torch.div(index, self.tokens, rounding_mode="floor"),
-            token_index=index % self.tokens,
-            exit_index=exit_index,
-            phase=self.phase,
-            num_exits=len(self.settings.exits),
-            batch_shape=(self.batch, self.tokens),
-            **found,
-        )
+        found = [
+            pick(value, _HIDDEN if name == "previous" else _HEADS)
+            for name, value in zip(wanted(gate.needs), features, strict=True)
+        ]
+        logits = self.settings.logits(states) if "logits" in gate.needs else None
+        return gate_inputs(self.place(exit_index), gate.needs, index, states, found, logits)
+
+    def place(self, exit_index: int) -> Place:
+        """Where the gate of an exit point is."""
+        return Place(self.depth, exit_index, len(self.settings.exits), self.phase)
 
     def _narrow(self, tokens: Tokens, leave: Tensor | None, stay: Tensor | None) -> Tokens:
         """A packed layout stays packed."""

@@ -47,7 +47,9 @@ class Tokens:
     ) -> None:
         self.run = run
         self.index = index
-        self.count = len(index) if index is not None and count is None else count or 0
+        if count is None:
+            count = 0 if index is None else len(index)
+        self.count = count
         self.active = active
         self.scores: Tensor | None = None  # of a gate that ran with the stage
         self.select = select
@@ -67,7 +69,8 @@ class Tokens:
         if self.index is None:
             raise ValueError("the dense layout has no packed rows")
         batch, tokens = self.run.batch, self.run.tokens
-        if self.run.keep_rows:
+        if self.run.settings.compiled:
+            # Compiled graphs take any size but 1, and all rows of the cache, which are not copied.
             return Rows.all_of(self.index, self.count, batch, tokens)
         return Rows.of(self.index, batch, tokens)
 
