@@ -9,6 +9,7 @@ from transformers import StaticCache
 import adept_fx
 from adept_fx.bench.runner import Setting, forget
 from adept_fx.gates import Replay
+from adept_fx.runtime.plan import PLANS
 
 _PROMPT, _SPACE = 16, 64
 
@@ -23,7 +24,7 @@ def count(
         model: The plain model.
         setting: How to compile, and the exit points.
         steps: Steps that count.
-        warm_up: Steps before them.
+        warm_up: Steps before them, by every plan in turn.
         backend: As in ``torch.compile``.
 
     Returns:
@@ -38,8 +39,11 @@ def count(
     walk = _Walk(ee, generator)
     try:
         started = counters["stats"]["unique_graphs"]
-        for _ in range(warm_up):
+        for step in range(warm_up):
+            # What is seldom chosen is compiled as well.
+            ee.adept.plan = PLANS[step % len(PLANS)]
             walk.step()
+        ee.adept.plan = "auto"
         before = counters["stats"]["unique_graphs"]
         for _ in range(steps):
             walk.step()

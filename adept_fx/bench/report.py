@@ -11,10 +11,20 @@ import torch
 from rich.table import Table
 
 import adept_fx
-from adept_fx.bench.result import Row
+from adept_fx.bench.result import Bound, Row
 from adept_fx.errors import ConfigError
 
-_COLUMNS = ("base ms", "exits ms", "tokens/s", "ratio", "ideal", "efficiency", "A/A", "bound")
+_COLUMNS = (
+    "base ms",
+    "exits ms",
+    "tokens/s",
+    "ratio",
+    "ideal",
+    "efficiency",
+    "A/A",
+    "memory",
+    "bounds",
+)
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
@@ -57,13 +67,14 @@ def line(row: Row) -> str:
     shown = f"ratio {row.ratio:.3f}, ideal {row.ideal:.3f}, efficiency {row.efficiency:.2f}"
     if not row.steady:
         shown = "noisy"
-    return f"{row.name}: {shown}, A/A {row.spread:.1%}; first call: {warm_up}"
+    memory = f"{row.memory['exits'] / 2**20:.0f} of {row.memory['base'] / 2**20:.0f} MiB"
+    return f"{row.name}: {shown}, A/A {row.spread:.1%}; {memory}; first call: {warm_up}"
 
 
 def _cells(row: Row) -> list[str]:
-    spread = f"{row.spread:.1%}"
+    last = [f"{row.spread:.1%}", f"{row.memory_ratio:.3f}", _bounds(row)]
     if not row.steady:
-        return ["noisy", "-", "-", "-", f"{row.ideal:.3f}", "-", spread, _bound(row)]
+        return ["noisy", "-", "-", "-", f"{row.ideal:.3f}", "-", *last]
     return [
         f"{row.base * 1e3:.2f}",
         f"{row.seconds * 1e3:.2f}",
@@ -71,19 +82,21 @@ def _cells(row: Row) -> list[str]:
         f"{row.ratio:.3f}",
         f"{row.ideal:.3f}",
         f"{row.efficiency:.2f}",
-        spread,
-        _bound(row),
+        *last,
     ]
 
 
-def _bound(row: Row) -> str:
-    if row.bound is None:
-        return ""
-    kind, limit = row.bound
-    text = f"{'<=' if kind == 'ratio' else 'eff >='} {limit:.2f}"
-    if row.kept is None:
+def _bounds(row: Row) -> str:
+    return "\n".join(_bound(row, bound) for bound in row.bounds)
+
+
+def _bound(row: Row, bound: Bound) -> str:
+    kind, limit = bound
+    text = f"{kind} {'>=' if kind == 'efficiency' else '<='} {limit:.2f}"
+    kept = row.keeps(bound)
+    if kept is None:
         return text
-    return f"[green]{text} kept[/]" if row.kept else f"[red]{text} missed[/]"
+    return f"[green]{text} kept[/]" if kept else f"[red]{text} missed[/]"
 
 
 def write_json(file: Path, setting: dict[str, Any], rows: Sequence[Row], more: Any) -> None:

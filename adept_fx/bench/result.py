@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+Bound = tuple[str, float]
+
 TOO_WIDE = 0.05
 """Rows whose equal arms differ by more say nothing."""
 
@@ -22,7 +24,9 @@ class Row:
         tokens: Tokens of one call.
         warm_up: Seconds of each arm's first call, compilation included.
         error: Largest difference of the last logits, as a share of the largest; None with exits.
-        bound: ``("ratio", most)`` or ``("efficiency", least)``, if the row has to keep one.
+        memory: Most bytes that a call of each arm holds at once.
+        bounds: What the row has to keep: ``("ratio", most)``, ``("memory", most)`` (as a ratio to
+            the plain model's) or ``("efficiency", least)``.
         recompiled: Graphs that were compiled after the warm-up.
     """
 
@@ -36,7 +40,8 @@ class Row:
     tokens: int
     warm_up: dict[str, float]
     error: float | None
-    bound: tuple[str, float] | None = None
+    memory: dict[str, int]
+    bounds: tuple[Bound, ...] = ()
     recompiled: int = 0
 
     @property
@@ -50,16 +55,35 @@ class Row:
         return self.spread <= TOO_WIDE
 
     @property
-    def kept(self) -> bool | None:
-        """Whether the bound holds within the spread; None without one, or on a noisy machine."""
-        if self.bound is None or not self.steady:
+    def memory_ratio(self) -> float:
+        """The rewritten model's most memory by the plain one's."""
+        return self.memory["exits"] / self.memory["base"]
+
+    def keeps(self, bound: Bound) -> bool | None:
+        """Whether a bound holds within the spread; None if the machine was too noisy to say."""
+        kind, limit = bound
+        if kind == "memory":
+            return self.memory_ratio <= limit
+        if not self.steady:
             return None
-        kind, limit = self.bound
         if kind == "ratio":
             return self.ratio <= limit * (1.0 + self.spread)
         return self.efficiency >= limit * (1.0 - self.spread)
 
+    @property
+    def kept(self) -> bool | None:
+        """Whether every bound holds; None without one, or if one cannot be judged."""
+        found = [self.keeps(bound) for bound in self.bounds]
+        if False in found:
+            return False
+        return None if None in found or not found else True
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        more = {"efficiency": self.efficiency, "steady": self.steady, "kept": self.kept}
+        more = {
+            "efficiency": self.efficiency,
+            "memory_ratio": self.memory_ratio,
+            "steady": self.steady,
+            "kept": self.kept,
+        }
         return asdict(self) | more

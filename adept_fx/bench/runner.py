@@ -13,7 +13,8 @@ from adept_fx.bench import ideal
 from adept_fx.bench.arms import Arm, ExitAware, Plain, difference
 from adept_fx.bench.cases import Case
 from adept_fx.bench.measure import measure
-from adept_fx.bench.result import Row
+from adept_fx.bench.memory import peak
+from adept_fx.bench.result import Bound, Row
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,14 @@ class Setting:
 
 
 @torch.no_grad()
-def run_case(
-    model: Any, case: Case, setting: Setting, bound: tuple[str, float] | None = None
-) -> Row:
+def run_case(model: Any, case: Case, setting: Setting, bounds: tuple[Bound, ...] = ()) -> Row:
     """Measures one case.
 
     Args:
         model: The plain model.
         case: The case.
         setting: How to measure.
-        bound: What the row has to keep.
+        bounds: What the row has to keep.
     """
     forget(model)
     ee = adept_fx.transform(model, adept_fx.ExitConfig(exits=setting.exits))
@@ -63,6 +62,7 @@ def run_case(
         before = counters["stats"]["unique_graphs"]
         times = measure(arms, setting.seconds)
         recompiled = counters["stats"]["unique_graphs"] - before
+        memory = {name: peak(arms[name]) for name in ("base", "exits")}
         found = ee.adept.explain()
     finally:
         adept_fx.restore(ee)
@@ -82,7 +82,8 @@ def run_case(
         tokens=sum(case.lengths()) if case.phase == "prefill" else case.batch,
         warm_up={name: warm_up[name] for name in ("base", "exits")},
         error=None if case.share else difference(outputs["base"], outputs["exits"]),
-        bound=bound,
+        memory=memory,
+        bounds=bounds,
         recompiled=recompiled,
     )
 

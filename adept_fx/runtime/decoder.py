@@ -20,6 +20,7 @@ from adept_fx.lower.program import compile_options, compile_program
 from adept_fx.lower.stacks import Stacks
 from adept_fx.pipeline import Program, build, start
 from adept_fx.runtime.call import Call, autocast_dtype, read_call
+from adept_fx.runtime.costs import Costs, measure
 from adept_fx.runtime.fingerprint import (
     Fingerprint,
     agree,
@@ -57,12 +58,14 @@ class ExitAwareForward:
 
     Attributes:
         pooling: What tells the tokens that a call's result depends on; None if all count.
+        costs: What a layer costs on this machine; None until the model is compiled.
     """
 
     def __init__(self, adept: "Adept", decoder: nn.Module) -> None:
         self.adept = adept
         self.decoder = decoder
         self.pooling: Pooling | None = None
+        self.costs: Costs | None = None
         self._lock = threading.RLock()
         self._programs = Programs()
         self._options: dict[str, Any] | None = None
@@ -160,6 +163,7 @@ class ExitAwareForward:
                 found, seen = self._capture(positions, extras, embeds)
                 if self._options is not None:
                     compile_program(found, self._stacks, self._options)
+                    self.costs = self.costs or measure(found)
                 self._programs.add(form, found, seen)
             return found
 
@@ -222,7 +226,7 @@ class ExitAwareForward:
         """Back to eager; every parameter gets its own memory again."""
         with self._lock:
             self._stacks.undo()
-            self._options = None
+            self._options = self.costs = None
             self.forget()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ExitAwareForward":
@@ -234,7 +238,7 @@ class ExitAwareForward:
         copied.pooling = deepcopy(self.pooling, memo)
         copied._lock = threading.RLock()
         copied._programs = Programs()
-        copied._options = None
+        copied._options = copied.costs = None
         copied._stacks = Stacks()
         copied.__signature__ = self.__signature__
         copied._layers = self._layers

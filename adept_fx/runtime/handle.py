@@ -199,6 +199,7 @@ class Adept(nn.Module):
             num_layers=program.num_layers,
             logits=logits,
             compiled=self._forward.compiled,
+            costs=self._forward.costs,
         )
 
     def record(self, run: Run) -> None:

@@ -1,8 +1,9 @@
 """Which plan a stage runs by: a choice of cost that never changes a result.
 
-The rule's numbers were measured with ``examples/plan_costs.py`` (two cores of an AMD EPYC, torch
-2.13, eager, bf16, Llama of 193M parameters and 16 layers, exit at 8). Time of the compacted plan as
-a share of the dense plan's, by tokens in the call and share of them that left:
+Compiled models go by what their layers cost on the machine (:mod:`adept_fx.runtime.costs`), others
+by the rule here. Its numbers were measured with ``examples/plan_costs.py`` (two cores of an AMD
+EPYC, torch 2.13, eager, bf16, Llama of 193M parameters and 16 layers, exit at 8). Time of the
+compacted plan as a share of the dense plan's, by tokens in the call and share of them that left:
 
 ======================  ======  ======  ======
 tokens                     1/4     1/2     3/4
@@ -28,10 +29,6 @@ _WEIGHT_BOUND_TOKENS = 8
 # Gather, scatter and the padding of attention: a share of the call's tokens, and a fixed part.
 _OVERHEAD_SHARE = 0.15
 _OVERHEAD_TOKENS = 4
-
-# Calls of fewer tokens keep their padding up to the first exit point: little is to be gained, and
-# a model that is switched off stays bitwise the original.
-FEW_TOKENS = 256
 
 
 def bucket(count: int, device: torch.device) -> int:

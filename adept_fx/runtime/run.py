@@ -13,8 +13,9 @@ from torch import Tensor
 
 from adept_fx.gates.base import Gate, GateInputs
 from adept_fx.graph.symbols import TokenAxes
+from adept_fx.runtime.costs import Costs
 from adept_fx.runtime.gate_inputs import Place, gate_inputs, wanted
-from adept_fx.runtime.plan import FEW_TOKENS, bucket, profitable
+from adept_fx.runtime.plan import bucket, profitable
 from adept_fx.runtime.rows import share_row, take
 from adept_fx.runtime.scores import check_scores
 from adept_fx.runtime.tokens import Tokens
@@ -35,6 +36,7 @@ class Settings:
         num_layers: Layers of the decoder.
         logits: Maps exit states ``[N, D]`` to logits ``[N, V]``, for gates that ask for them.
         compiled: Whether the stages are compiled.
+        costs: What a layer costs here; None if that was not measured.
     """
 
     exits: tuple[int, ...]
@@ -44,6 +46,7 @@ class Settings:
     num_layers: int
     logits: Callable[[Tensor], Tensor]
     compiled: bool = False
+    costs: Costs | None = None
 
     @property
     def may_exit(self) -> bool:
@@ -109,8 +112,7 @@ class Run:
             return Tokens(self)
         if not self.packable or not self.real_count:
             return Tokens(self)
-        small = self.settings.plan == "auto" and self.batch * self.tokens < FEW_TOKENS
-        if small or not self._pays(self.real_count):
+        if not self._pays(self.real_count, 0):
             return Tokens(self)
         index = self._padded(self.real.flatten().nonzero().squeeze(1))
         return Tokens(self, index=index, count=self.real_count, select=index)
@@ -121,11 +123,15 @@ class Run:
         wanted = bucket(count, index.device) if self.settings.compiled else count
         return index if wanted == count else torch.cat((index, index[-1:].expand(wanted - count)))
 
-    def _pays(self, count: int) -> bool:
-        """Whether to pack ``count`` live tokens out of the call's layout."""
-        plan = self.settings.plan
+    def _pays(self, live: int, departed: int) -> bool:
+        """Whether to pack the live tokens out of the call's layout."""
+        plan, costs = self.settings.plan, self.settings.costs
         total = self.batch * self.tokens
-        return plan == "compact" or (plan == "auto" and profitable(count, total))
+        if plan != "auto" or not live or live == total:
+            return plan == "compact" or (plan == "auto" and not live)
+        if costs is not None:
+            return costs.profitable(live, departed, total)
+        return profitable(live, total)
 
     def update(self, slot: str, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Writes a layer's new keys and values; returns all that it may attend to."""
@@ -259,18 +265,19 @@ class Run:
     def _from_dense(self, tokens: Tokens, live: Tensor | None, count: int) -> Tokens:
         """Stays dense, or packs the live tokens, whatever is cheaper."""
         total = self.batch * self.tokens
-        if not self._pays(count) or not (self.packable or count == 0):
+        departed = sum(map(len, self._departed))
+        if not self._pays(count, departed) or not (self.packable or count == 0):
             return Tokens(self, before=tokens, active=self._active(tokens, live))
         device = self.depth.device
         index = torch.arange(total, device=device) if live is None else live
-        departed = torch.cat(self._departed).sort().values if self._departed else None
+        gone = torch.cat(self._departed).sort().values if self._departed else None
         if self.cache is None:
-            if departed is not None:
-                departed = departed[self._share_row(departed, index)]
-                departed = departed if departed.numel() else None
-        elif departed is None and not count:
+            if gone is not None:
+                gone = gone[self._share_row(gone, index)]
+                gone = gone if gone.numel() else None
+        elif gone is None and not count:
             # Nothing but padding: one pad gives the cache entries of this call their shape.
-            departed = torch.zeros(1, dtype=torch.long, device=device)
+            gone = torch.zeros(1, dtype=torch.long, device=device)
         index = self._padded(index)
         return Tokens(
             self,
@@ -278,8 +285,8 @@ class Run:
             count=count,
             before=tokens,
             select=index,
-            departed=departed,
-            departed_select=departed,
+            departed=gone,
+            departed_select=gone,
         )
 
     def _active(self, tokens: Tokens, live: Tensor | None) -> Tensor | None:

@@ -15,6 +15,7 @@ from adept_fx import cli
 from adept_fx.bench import ideal, report
 from adept_fx.bench.cases import Case, standard, sweep
 from adept_fx.bench.measure import Times, measure
+from adept_fx.bench.memory import held_by, peak
 from adept_fx.bench.presets import PRESETS, build, config_of
 from adept_fx.bench.result import Row
 from adept_fx.bench.runner import Setting, run_case
@@ -35,6 +36,7 @@ def row(**other: Any) -> Row:
         "tokens": 1,
         "warm_up": {"base": 1.0, "exits": 2.0},
         "error": None,
+        "memory": {"base": 1000, "exits": 1010},
     }
     return Row(**given | other)
 
@@ -134,12 +136,40 @@ def test_arms_are_called_in_turn() -> None:
 def test_bounds_hold_within_the_spread() -> None:
     assert row().efficiency == pytest.approx(0.8)
     assert row().kept is None
-    assert row(bound=("ratio", 0.5)).kept
-    assert row(bound=("ratio", 0.496)).kept
-    assert row(bound=("ratio", 0.45)).kept is False
-    assert row(bound=("efficiency", 0.80)).kept
-    assert row(bound=("efficiency", 0.85)).kept is False
-    assert row(bound=("ratio", 0.1), spread=0.06).kept is None
+    assert row(bounds=[("ratio", 0.5)]).kept
+    assert row(bounds=[("ratio", 0.496)]).kept
+    assert row(bounds=[("ratio", 0.45)]).kept is False
+    assert row(bounds=[("efficiency", 0.80)]).kept
+    assert row(bounds=[("efficiency", 0.85)]).kept is False
+    assert row(bounds=[("ratio", 0.1)], spread=0.06).kept is None
+    assert row(bounds=[("ratio", 0.5), ("memory", 1.02)]).kept
+    assert row(bounds=[("ratio", 0.5), ("memory", 1.005)]).kept is False
+    assert row(bounds=[("ratio", 0.1), ("memory", 1.005)], spread=0.06).kept is False
+
+
+class Takes:
+    """Holds one tensor, and 3000 numbers more for a while."""
+
+    device = CPU
+    cache = None
+
+    def __init__(self) -> None:
+        self.model = torch.nn.Linear(10, 10)
+
+    def prepare(self) -> None: ...
+
+    def call(self) -> None:
+        small = torch.zeros(1000)
+        large = torch.zeros(2000)
+        del small, large
+        torch.zeros(1500)
+
+
+def test_the_most_memory_is_that_of_the_model_and_of_the_highest_point() -> None:
+    arm: Any = Takes()
+    assert peak(arm) == 4 * (10 * 10 + 10 + 3000)
+    view = torch.zeros(8)
+    assert held_by([view[:2], view[2:]]) == 32
 
 
 def test_noisy_rows_show_no_times() -> None:

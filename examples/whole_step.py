@@ -1,0 +1,178 @@
+"""A decode step as one graph, the choice inside, against graphs with a check on the host between.
+
+Llama of about 200M random parameters, bf16, half of its layers behind one exit point. One graph:
+``torch.cond`` around the layers behind the exit, and, where some rows leave, sizes that only the
+graph knows. Two graphs: the host reads how many rows leave and calls what is needed. Both run the
+same code, with keys and values in tensors of a fixed size, so that only the choice differs.
+
+    python examples/whole_step.py
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from adept_fx.bench.presets import build
+
+PAST, SPACE, ROUNDS = 128, 192, 60
+CASES = ((1, 0), (1, 1), (8, 0), (8, 8), (32, 0), (32, 16), (32, 32))
+
+
+class Step:
+    """A decode step of ``rows`` rows.
+
+    Args:
+        model: A Llama.
+        rows: Batch size.
+        leaving: How many rows leave at half depth.
+    """
+
+    def __init__(self, model: Any, rows: int, leaving: int) -> None:
+        self.model = model.model
+        self.head = model.lm_head
+        config = model.config
+        self.width = config.hidden_size // config.num_attention_heads
+        shape = (config.num_hidden_layers, 2, rows, config.num_key_value_heads, SPACE, self.width)
+        self.cache = torch.randn(shape, dtype=model.dtype)
+        self.half = config.num_hidden_layers // 2
+        self.ids = torch.arange(rows)[:, None]
+        self.scores = (torch.arange(rows) < leaving).float()
+        self.everyone = torch.arange(rows)
+
+    def write(self, layer: Any, index: int, x: Tensor, turn: Any, rows: Tensor) -> None:
+        """Keys and values of one new token per row."""
+        attention = layer.self_attn
+        keys = attention.k_proj(x).unflatten(-1, (-1, self.width)).transpose(1, 2)
+        values = attention.v_proj(x).unflatten(-1, (-1, self.width)).transpose(1, 2)
+        keys, _ = apply_rotary_pos_emb(keys, keys, *turn)
+        self.cache[index, 0].index_put_((rows, slice(None), self.place), keys[:, :, 0])
+        self.cache[index, 1].index_put_((rows, slice(None), self.place), values[:, :, 0])
+
+    place = torch.tensor(PAST)
+
+    def run(self, span: range, hidden: Tensor, turn: Any, rows: Tensor, whole: bool) -> Tensor:
+        """Layers on the given rows."""
+        for index in span:
+            layer = self.model.layers[index]
+            attention = layer.self_attn
+            x = layer.input_layernorm(hidden)
+            self.write(layer, index, x, turn, rows)
+            query = attention.q_proj(x).unflatten(-1, (-1, self.width)).transpose(1, 2)
+            query, _ = apply_rotary_pos_emb(query, query, *turn)
+            seen = self.cache[index][:, :, :, : PAST + 1]
+            keys, values = seen.unbind(0) if whole else seen.index_select(1, rows).unbind(0)
+            # One token per row: queries that share keys are packed, as transformers does in eager.
+            packed = query.reshape(query.shape[0], keys.shape[1], -1, self.width)
+            mixed = F.scaled_dot_product_attention(packed, keys, values)
+            hidden = hidden + attention.o_proj(mixed.reshape(hidden.shape[0], 1, -1))
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return hidden
+
+    def first(self) -> tuple[Tensor, Any]:
+        """Up to the exit."""
+        hidden = self.model.embed_tokens(self.ids)
+        turn = self.model.rotary_emb(hidden, self.place.expand(1, 1))
+        return self.run(range(self.half), hidden, turn, self.everyone, True), turn
+
+    def rest(self, hidden: Tensor, turn: Any, rows: Tensor, whole: bool) -> Tensor:
+        """Layers behind the exit."""
+        span = range(self.half, len(self.model.layers))
+        return self.run(span, hidden, turn, rows, whole)
+
+    def owed(self, hidden: Tensor, turn: Any, rows: Tensor) -> Tensor:
+        """Keys and values of rows that left."""
+        for index in range(self.half, len(self.model.layers)):
+            layer = self.model.layers[index]
+            self.write(layer, index, layer.input_layernorm(hidden), turn, rows)
+        return hidden.clone()
+
+    def last(self, hidden: Tensor) -> Tensor:
+        """Norm and head."""
+        logits: Tensor = self.head(self.model.norm(hidden))
+        return logits
+
+
+def one_graph(step: Step) -> Callable[[], Tensor]:
+    """The choice is inside."""
+
+    def some(hidden: Tensor, cos: Tensor, sin: Tensor, leaves: Tensor) -> Tensor:
+        stay, gone = (~leaves).nonzero().squeeze(1), leaves.nonzero().squeeze(1)
+        step.owed(hidden[gone], (cos, sin), gone)
+        return hidden.index_copy(0, stay, step.rest(hidden[stay], (cos, sin), stay, False))
+
+    def call(scores: Tensor) -> Tensor:
+        hidden, turn = step.first()
+        leaves = scores > 0.5
+        given = (hidden, *turn, leaves)
+
+        def everyone(hidden: Tensor, cos: Tensor, sin: Tensor, leaves: Tensor) -> Tensor:
+            return step.owed(hidden, (cos, sin), step.everyone)
+
+        def nobody(hidden: Tensor, cos: Tensor, sin: Tensor, leaves: Tensor) -> Tensor:
+            return step.rest(hidden, (cos, sin), step.everyone, True)
+
+        def not_all(hidden: Tensor, cos: Tensor, sin: Tensor, leaves: Tensor) -> Tensor:
+            if len(step.everyone) < 32:
+                return nobody(hidden, cos, sin, leaves)
+            found: Tensor = torch.cond(leaves.any(), some, nobody, (hidden, cos, sin, leaves))
+            return found
+
+        return step.last(torch.cond(leaves.all(), everyone, not_all, given))
+
+    compiled = torch.compile(call, fullgraph=True)
+    return lambda: compiled(step.scores)
+
+
+def two_graphs(step: Step) -> Callable[[], Tensor]:
+    """The host chooses."""
+    first, rest, owed, last = (
+        torch.compile(part, dynamic=True) for part in (step.first, step.rest, step.owed, step.last)
+    )
+
+    def call() -> Tensor:
+        hidden, turn = first()
+        leaves = step.scores > 0.5
+        count = int(leaves.sum())
+        if count == len(leaves):
+            hidden = owed(hidden, turn, step.everyone)
+        elif not count or len(leaves) < 32:
+            hidden = rest(hidden, turn, step.everyone, True)
+        else:
+            stay, gone = (~leaves).nonzero().squeeze(1), leaves.nonzero().squeeze(1)
+            owed(hidden[gone], turn, gone)
+            hidden = hidden.index_copy(0, stay, rest(hidden[stay], turn, stay, False))
+        return last(hidden)
+
+    return call
+
+
+@torch.no_grad()
+def main() -> None:
+    """Prints medians of interleaved runs."""
+    model = build("200m", torch.bfloat16, torch.device("cpu"))
+    print("rows  leaving  one graph ms  two graphs ms  one / two")
+    for rows, leaving in CASES:
+        torch._dynamo.reset()
+        step = Step(model, rows, leaving)
+        arms = {"one": one_graph(step), "two": two_graphs(step)}
+        results = [arm() for arm in arms.values()]
+        if not torch.allclose(*(item.float() for item in results), rtol=0.1, atol=0.1):
+            raise RuntimeError("the two forms differ")
+        times: dict[str, list[float]] = {name: [] for name in arms}
+        for _ in range(ROUNDS):
+            for name, arm in arms.items():
+                began = time.perf_counter()
+                arm()
+                times[name].append(time.perf_counter() - began)
+        one, two = (statistics.median(times[name]) * 1e3 for name in ("one", "two"))
+        print(f"{rows:4}  {leaving:7}  {one:12.2f}  {two:13.2f}  {one / two:9.3f}")
+
+
+if __name__ == "__main__":
+    main()
