@@ -62,6 +62,11 @@ class Program:
         """Whether attention may be given a part of the cached keys: see :mod:`adept_fx.lower`."""
         return slices_keys(self.graph)
 
+    @cached_property
+    def kind_layers(self) -> tuple[int, ...]:
+        """One layer of each kind."""
+        return tuple({kind: layer for layer, kind in self.kinds.items()}.values())
+
     @property
     def kv_projections(self) -> tuple[KVProjection, ...]:
         """How keys and values of the layers behind the first exit point are projected."""

@@ -58,7 +58,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     option("--mode", help="as in torch.compile, for both")
     option("--no-compile", action="store_true", help="run both without compilation")
     option("--eager", action="store_true", help="time the plain model without compilation, too")
-    option("--seconds", type=float, default=40.0, help="per case (default: %(default)g)")
+    option(
+        "--seconds",
+        type=float,
+        default=40.0,
+        help="per case (default: %(default)g), thrice on a noisy machine",
+    )
     option("--against", choices=("layerskip",), help="generate against assistant_early_exit, too")
     option("--json", type=Path, metavar="FILE", help="write everything there")
     option("--plot", type=Path, metavar="FILE", help="draw the ratios (needs matplotlib)")

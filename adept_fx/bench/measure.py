@@ -10,7 +10,11 @@ import torch
 
 from adept_fx.bench.arms import Arm
 
+STEADY = 0.02
+"""Equal arms that differ by no more are equal enough."""
+
 _RESAMPLED = 1000
+_LONGEST = 3.0
 
 
 @dataclass(frozen=True)
@@ -53,26 +57,46 @@ class Times:
 
 
 @torch.no_grad()
-def measure(arms: Mapping[str, Arm], seconds: float, least: int = 10, most: int = 400) -> Times:
+def measure(
+    arms: Mapping[str, Arm],
+    seconds: float,
+    equal: tuple[str, str] | None = None,
+    least: int = 10,
+    most: int = 400,
+) -> Times:
     """Calls the arms in turn, in an order that changes from round to round.
 
     Args:
         arms: What to time.
         seconds: No further round begins after so many seconds.
+        equal: Two equal arms: as long as they differ by more than :data:`STEADY`, measuring goes
+            on, up to three times as long. The other arms have no say in it.
         least: Rounds that are run in any case.
-        most: Rounds that are enough.
+        most: Rounds that are enough, if equal arms agree.
     """
     for arm in arms.values():
         _timed(arm)
-    rounds: dict[str, list[float]] = {name: [] for name in arms}
+    times = Times({name: [] for name in arms})
     order, draw, began = list(arms), random.Random(1), time.perf_counter()
-    for count in range(most):
-        if count >= least and time.perf_counter() - began > seconds:
-            break
+    count = 0
+    while count < least or not _enough(times, time.perf_counter() - began, seconds, most, equal):
         draw.shuffle(order)
         for name in order:
-            rounds[name].append(_timed(arms[name]))
-    return Times(rounds)
+            times.rounds[name].append(_timed(arms[name]))
+        count += 1
+    return times
+
+
+def _enough(
+    times: Times, spent: float, seconds: float, most: int, equal: tuple[str, str] | None
+) -> bool:
+    count = len(next(iter(times.rounds.values())))
+    if spent <= seconds and count < most:
+        return False
+    if equal is None or spent > _LONGEST * seconds:
+        return True
+    # To look at it after every round would take longer than the round.
+    return count % 10 == 0 and times.spread(*equal) <= STEADY
 
 
 def _timed(arm: Arm) -> float:

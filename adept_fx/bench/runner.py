@@ -16,6 +16,8 @@ from adept_fx.bench.measure import measure
 from adept_fx.bench.memory import peak
 from adept_fx.bench.result import Bound, Row
 
+_EQUAL = ("base", "base again")
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -27,7 +29,7 @@ class Setting:
         eager: Time the plain model without compilation, too.
         mode: As in ``torch.compile``.
         cache: ``"static"`` or ``"dynamic"``.
-        seconds: Time per case.
+        seconds: Time per case; up to three times as long on a noisy machine.
     """
 
     exits: tuple[int, ...]
@@ -51,7 +53,7 @@ def run_case(model: Any, case: Case, setting: Setting, bounds: tuple[Bound, ...]
     forget(model)
     ee = adept_fx.transform(model, adept_fx.ExitConfig(exits=setting.exits))
     arms: dict[str, Arm] = {"exits": ExitAware(ee, case, setting.cache)}
-    arms |= {name: Plain(model, case, setting.cache) for name in ("base", "base again")}
+    arms |= {name: Plain(model, case, setting.cache) for name in _EQUAL}
     if setting.eager and setting.compiled:
         arms["eager"] = Plain(_uncompiled(model), case, setting.cache)
     if setting.compiled:
@@ -60,7 +62,7 @@ def run_case(model: Any, case: Case, setting: Setting, bounds: tuple[Bound, ...]
     try:
         warm_up, outputs = _first_calls(arms)
         before = counters["stats"]["unique_graphs"]
-        times = measure(arms, setting.seconds)
+        times = measure(arms, setting.seconds, _EQUAL)
         recompiled = counters["stats"]["unique_graphs"] - before
         memory = {name: peak(arms[name]) for name in ("base", "exits")}
         found = ee.adept.explain()
@@ -70,15 +72,14 @@ def run_case(model: Any, case: Case, setting: Setting, bounds: tuple[Bound, ...]
     head = model.get_output_embeddings()
     count = sum(p.numel() for p in head.parameters()) if head is not None else 0
     share = ideal.work(case, found, model.config, model.dtype, count).share
-    pair = ("base", "base again")
     return Row(
         name=case.name,
         base=times.median("base"),
         seconds=times.median("exits"),
         eager=times.median("eager") if "eager" in arms else None,
-        ratio=times.ratio("exits", pair),
+        ratio=times.ratio("exits", _EQUAL),
         ideal=share,
-        spread=times.spread(*pair),
+        spread=times.spread(*_EQUAL),
         tokens=sum(case.lengths()) if case.phase == "prefill" else case.batch,
         warm_up={name: warm_up[name] for name in ("base", "exits")},
         error=None if case.share else difference(outputs["base"], outputs["exits"]),

@@ -104,7 +104,8 @@ class Stage(Block):
         """Returns the state after the stage (and gate features), in the layout of ``tokens``."""
         tokens.count_stage(self.layers)
         if tokens.empty:
-            if tokens.cache is not None:  # else nobody will read what the layers would have written
+            # Without a cache nobody will read what the layers would have written.
+            if tokens.cache is not None and not tokens.run.settled:
                 (self._compiled[0].pay if self._compiled else self.pay)(tokens, inputs)
             return hidden if self.outputs == 1 else (hidden,) * self.outputs
         if self._compiled and not tokens.run.eager:
@@ -166,6 +167,9 @@ class Synthesis(Block):
     def forward(self, tokens: Any, *inputs: Tensor) -> SynthesizedKV | None:
         """Returns what the tokens that leave here owe the cache; None if it is nothing."""
         if tokens.departed is None:
+            return None
+        if self._compiled and self._compiled[0].settle(tokens, inputs):
+            tokens.run.settled = True
             return None
         leaving = [
             tokens.gather_departed(item, axes) if axes else item

@@ -15,6 +15,9 @@ def fuses(gate: Gate) -> bool:
 
 def state_of(gate: Gate) -> dict[str, Tensor]:
     """A gate's parameters and buffers by name."""
+    if not gate._modules:  # most gates, at every exit point of every step
+        own = {**gate._parameters, **gate._buffers}
+        return {name: item for name, item in own.items() if item is not None}
     return dict(gate.named_parameters()) | dict(gate.named_buffers())
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from adept_fx.graph.blocks import Block, Stage, Synthesis
 from adept_fx.lower.forms import Forms
+from adept_fx.lower.leaving import CompiledSynthesis
 from adept_fx.lower.stacks import Stacks, stack
 from adept_fx.lower.stage import CompiledStage, Functions
 from adept_fx.pipeline import Program
@@ -27,8 +28,10 @@ def compile_program(program: Program, stacks: Stacks, options: dict[str, Any]) -
     for block in program.graph.children():
         if isinstance(block, Synthesis):
             stack(block, stacks)
-        if isinstance(block, Block) and not isinstance(block, Stage):
-            block.use(Forms(block.graph, options))
+            skipped = [stage for stage in stages if stage.layers.start >= block.layers.start]
+            block.use(CompiledSynthesis(block, skipped, options))
+        elif isinstance(block, Block) and not isinstance(block, Stage):
+            block.use(Forms(block.graph, options, own=len(block.sources)))
 
 
 def compile_options(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:

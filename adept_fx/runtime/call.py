@@ -61,10 +61,7 @@ def read_call(
         InputError: An argument asks for something that an exit-aware graph does not have.
     """
     config: Any = decoder.config
-    given = dict(signature.bind(*args, **kwargs).arguments)
-    for extra in [value for value in given.values() if isinstance(value, dict)]:
-        if extra is not given.get("attention_mask"):
-            given = {k: v for k, v in given.items() if v is not extra} | extra
+    given = _bound(signature, args, kwargs)
     _refuse_outputs(config, given)
     embeds = _embeds(decoder, given)
     extras = {}
@@ -95,6 +92,18 @@ def read_call(
         wants_cache=wants_cache,
         return_dict=bool(default if return_dict is None else return_dict),
     )
+
+
+def _bound(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    if not args and kwargs.keys() <= signature.parameters.keys():
+        return kwargs  # what binding would give, and most calls
+    given = dict(signature.bind(*args, **kwargs).arguments)
+    for extra in [value for value in given.values() if isinstance(value, dict)]:
+        if extra is not given.get("attention_mask"):
+            given = {k: v for k, v in given.items() if v is not extra} | extra
+    return given
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -15,7 +15,7 @@ from adept_fx.capture import accepts, capture
 from adept_fx.errors import InputError, StaleGraphError
 from adept_fx.intercept.masks import RECURRENT
 from adept_fx.kv.base import build_policy
-from adept_fx.lower.masks import fills, visible_keys
+from adept_fx.lower.masks import fills, known_keys, prompt_keys, visible_keys
 from adept_fx.lower.program import compile_options, compile_program
 from adept_fx.lower.stacks import Stacks
 from adept_fx.pipeline import Program, build, start
@@ -96,14 +96,16 @@ class ExitAwareForward:
         pooled = self._pooled(call, settings)
         # The masks follow the cache that the original makes, even where nobody will read it.
         cache = call.cache if pooled is None else None
-        inputs = program_inputs(program, call)
+        visible = self._visible(program, call)
+        inputs = program_inputs(program, call, masks=visible is None)
         packable = all(
             fits_rows(program.masks[name], item, shape[1])
             for name, item in zip(program.inputs, inputs, strict=True)
             if name in program.masks and program.masks[name].function is not RECURRENT
         )
         run = Run(settings, shape, real, cache, call.embeds.device, packable, pooled)
-        if settings.compiled:
+        run.visible = visible
+        if settings.compiled and visible is None:
             self._drop_masks(program, inputs, run)
         with _own_symbols() if settings.compiled else nullcontext():
             hidden = program.graph(run, *inputs)
@@ -111,12 +113,19 @@ class ExitAwareForward:
         output = program.output_type(last_hidden_state=hidden, past_key_values=cache)
         return output if call.return_dict else output.to_tuple()
 
+    def _visible(self, program: Program, call: Call) -> int | None:
+        """How many keys attention is given, where that is known without its masks."""
+        if not self.compiled or not program.masks or not program.slices_keys:
+            return None
+        return known_keys(program.masks.values(), call, program.kind_layers)
+
     def _drop_masks(self, program: Program, inputs: list[Any], run: Run) -> None:
-        """Leaves out masks where cutting the keys does as well."""
+        """Cuts the keys to those that there are, where masks say no more than that."""
         places = [at for at, name in enumerate(program.inputs) if name in program.masks]
         if not places or not program.slices_keys:
             return
         masks = [inputs[at] for at in places]
+        run.visible = prompt_keys(masks, run.cache, run.tokens)
         visible = visible_keys(masks, run.cache, run.tokens)
         if visible is None:
             return

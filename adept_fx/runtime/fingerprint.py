@@ -6,6 +6,8 @@ and the settings that change what a module computes.
 """
 
 from copy import copy
+from itertools import repeat
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -22,6 +24,7 @@ _LISTED = "other_param_names"
 PLAIN = (bool, int, float, str, type(None))
 _CHOICES = ("_attn_implementation", "_experts_implementation")
 _CONFIG_SETTINGS = (*_CHOICES, "is_causal")
+_KIND = attrgetter("dtype", "device")
 _RECORDERS = ("transformers.utils.output_capturing", "transformers.utils.generic")
 
 
@@ -41,10 +44,11 @@ class Fingerprint:
         self._attributes: list[dict[str, Any]] = []
         self._forwards: list[Any] = []
         self._tensors: list[Any] = []
-        self._dtypes: list[Any] = []
-        self._devices: list[Any] = []
-        self._holders: list[tuple[Any, str]] = []
+        self._kinds: list[Any] = []
+        self._holders: list[Any] = []
+        self._names: list[str] = []
         self._values: list[Any] = []
+        self._missing: list[tuple[Any, str]] = []
 
     @staticmethod
     def of(decoder: nn.Module, skip: nn.Module | None = None) -> "Fingerprint":
@@ -65,7 +69,11 @@ class Fingerprint:
         return self
 
     def _set(self, holder: Any, name: str, value: Any) -> None:
-        self._holders.append((holder, name))
+        if not hasattr(holder, name):
+            self._missing.append((holder, name))
+            return
+        self._holders.append(holder)
+        self._names.append(name)
         self._values.append(value)
 
     def _add(self, module: nn.Module, *, is_root: bool) -> None:
@@ -77,8 +85,7 @@ class Fingerprint:
                 if item is None:
                     continue
                 self._tensors.append(item)
-                self._dtypes.append(item.dtype)
-                self._devices.append(item.device)
+                self._kinds.append(_KIND(item))
                 if item.numel() == 1:
                     self._single.append((table, name, item))
         self._set(module, "training", module.training)
@@ -100,8 +107,12 @@ class Fingerprint:
 
     def matches(self) -> bool:
         """Whether the model is still as it was."""
-        now = [getattr(holder, name, None) for holder, name in self._holders]
-        return now == self._values and self.alive()
+        try:
+            now = list(map(getattr, self._holders, self._names))
+        except AttributeError:
+            return False
+        appeared = any(name in vars(holder) for holder, name in self._missing)
+        return now == self._values and not appeared and self.alive()
 
     def alive(self) -> bool:
         """Whether modules and tensors are still those that were seen, in whatever setting."""
@@ -113,10 +124,9 @@ class Fingerprint:
             return False
         return (
             all(table[name] is item for table, name, item in self._single)
-            and [len(hooks) for hooks in self._hooks] == self._hook_counts
-            and [held.get("forward") for held in self._attributes] == self._forwards
-            and [tensor.dtype for tensor in self._tensors] == self._dtypes
-            and [tensor.device for tensor in self._tensors] == self._devices
+            and list(map(len, self._hooks)) == self._hook_counts
+            and list(map(dict.get, self._attributes, repeat("forward"))) == self._forwards
+            and list(map(_KIND, self._tensors)) == self._kinds
         )
 
 

@@ -13,13 +13,21 @@ from adept_fx.runtime.masks import build_mask, past_length
 _SLOTS, _EXTRAS = "slots_", "extras_"
 
 
-def program_inputs(program: Program, call: Call) -> list[Any]:
+def program_inputs(program: Program, call: Call, masks: bool = True) -> list[Any]:
     """The arguments of ``program.graph`` after the run, in order.
+
+    Args:
+        program: The program.
+        call: The call of the decoder.
+        masks: Build the masks; else they are None.
 
     Raises:
         InputError: The decoder needs something that the call does not have.
     """
-    return [_input(name, program, call) for name in program.inputs]
+    return [
+        _input(name, program, call) if masks or name not in program.masks else None
+        for name in program.inputs
+    ]
 
 
 def _input(name: str, program: Program, call: Call) -> Any:

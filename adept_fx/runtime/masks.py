@@ -50,10 +50,15 @@ def fits_rows(call: MaskCall, mask: Any, tokens: int) -> bool:
     """
     if mask is not None:
         return isinstance(mask, Tensor) and mask.ndim == 4
+    return tokens == 1 or takes_4d(call)
+
+
+def takes_4d(call: MaskCall) -> bool:
+    """Whether the kernel of this mask takes one number per query and key."""
     kernel = call.keywords["config"]._attn_implementation
     known = kernel in ALL_MASK_ATTENTION_FUNCTIONS
     built = ALL_MASK_ATTENTION_FUNCTIONS[kernel] if known else None
-    return tokens == 1 or built in (sdpa_mask, eager_mask)
+    return built in (sdpa_mask, eager_mask)
 
 
 def past_length(cache: Any) -> int:

@@ -94,6 +94,7 @@ class Run:
         self.kept: dict[str, tuple[Tensor, ...]] = {}
         self.visible: int | None = None
         self.eager = False  # a form of call too rare to compile its stages for
+        self.settled = False  # what skipped layers are owed has been written
         self._departed: list[Tensor] = []
         self._pooled = None
         if pooled is not None:

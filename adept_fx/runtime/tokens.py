@@ -63,6 +63,15 @@ class Tokens:
         """Whether no token is live: the next stage need not run."""
         return self.index is not None and self.count == 0
 
+    @property
+    def settles(self) -> bool:
+        """Whether all tokens of the call left from the dense layout: none is live, none is gone."""
+        if not self.empty or self._tokens_before is None or self.departed is None:
+            return False
+        run = self.run
+        whole = len(self.departed) == run.batch * run.tokens
+        return whole and run.cache is not None and not run.eager
+
     @cached_property
     def rows(self) -> Rows:
         """The rows of the live tokens."""

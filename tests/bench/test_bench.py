@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,22 @@ def test_bounds_hold_within_the_spread() -> None:
     assert row(bounds=[("ratio", 0.5), ("memory", 1.02)]).kept
     assert row(bounds=[("ratio", 0.5), ("memory", 1.005)]).kept is False
     assert row(bounds=[("ratio", 0.1), ("memory", 1.005)], spread=0.06).kept is False
+
+
+class Slow(Fake):
+    """Takes longer and longer."""
+
+    def call(self) -> None:
+        super().call()
+        time.sleep(0.0005 * self.called)
+
+
+def test_measuring_goes_on_until_equal_arms_agree() -> None:
+    arms: Any = {"a": Slow(), "b": Fake()}
+    longer = measure(arms, seconds=0.05, equal=("a", "b"), least=1)
+    assert sum(longer.rounds["a"]) > 0.1
+    arms = {"a": Fake(), "b": Fake()}
+    assert len(measure(arms, seconds=0.0, least=3).rounds["a"]) == 3
 
 
 class Takes:
