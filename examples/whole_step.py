@@ -21,6 +21,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from adept_fx.bench.presets import build
 
 PAST, SPACE, ROUNDS = 128, 192, 60
+PACKED = 32  # rows; below, those that left are carried along
 CASES = ((1, 0), (1, 1), (32, 0), (32, 16))
 
 
@@ -38,8 +39,10 @@ class Step:
         self.head = model.lm_head
         config = model.config
         self.width = config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, 2, rows, config.num_key_value_heads, SPACE, self.width)
-        self.cache = torch.randn(shape, dtype=model.dtype)
+        shape = (rows, config.num_key_value_heads, SPACE, self.width)
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.randn(shape, dtype=model.dtype) for _ in layers]
+        self.values = [torch.randn(shape, dtype=model.dtype) for _ in layers]
         self.half = config.num_hidden_layers // 2
         self.ids = torch.arange(rows)[:, None]
         self.scores = (torch.arange(rows) < leaving).float()
@@ -51,10 +54,11 @@ class Step:
         keys = attention.k_proj(x).unflatten(-1, (-1, self.width)).transpose(1, 2)
         values = attention.v_proj(x).unflatten(-1, (-1, self.width)).transpose(1, 2)
         keys, _ = apply_rotary_pos_emb(keys, keys, *turn)
-        self.cache[index, 0][rows, :, self.place] = keys[:, :, 0]
-        self.cache[index, 1][rows, :, self.place] = values[:, :, 0]
+        places = self.place.expand(rows.shape)
+        self.keys[index][rows, :, places] = keys[:, :, 0]
+        self.values[index][rows, :, places] = values[:, :, 0]
 
-    place = torch.tensor(PAST)
+    place = torch.tensor([PAST])
 
     def run(self, span: range, hidden: Tensor, turn: Any, rows: Tensor, whole: bool) -> Tensor:
         """Layers on the given rows."""
@@ -65,8 +69,8 @@ class Step:
             self.write(layer, index, x, turn, rows)
             query = attention.q_proj(x).unflatten(-1, (-1, self.width)).transpose(1, 2)
             query, _ = apply_rotary_pos_emb(query, query, *turn)
-            seen = self.cache[index][:, :, :, : PAST + 1]
-            keys, values = seen.unbind(0) if whole else seen.index_select(1, rows).unbind(0)
+            seen = (self.keys[index][:, :, : PAST + 1], self.values[index][:, :, : PAST + 1])
+            keys, values = seen if whole else (item.index_select(0, rows) for item in seen)
             # One token per row: queries that share keys are packed, as transformers does in eager.
             packed = query.reshape(query.shape[0], keys.shape[1], -1, self.width)
             mixed = F.scaled_dot_product_attention(packed, keys, values)
@@ -118,10 +122,10 @@ def one_graph(step: Step) -> Callable[[], Tensor]:
             return step.rest(hidden, (cos, sin), step.everyone, True)
 
         def not_all(hidden: Tensor, cos: Tensor, sin: Tensor, leaves: Tensor) -> Tensor:
-            if len(step.everyone) < 32:
-                return nobody(hidden, cos, sin, leaves)
-            found: Tensor = torch.cond(leaves.any(), some, nobody, (hidden, cos, sin, leaves))
-            return found
+            # A cond inside a cond may not write in place (torch 2.13: "cond_true might be modifying
+            # the input!"), so that with many rows both "some" and "nobody" is the form for some.
+            choice = nobody if len(step.everyone) < PACKED else some
+            return choice(hidden, cos, sin, leaves)
 
         return step.last(torch.cond(leaves.all(), everyone, not_all, given))
 
@@ -144,7 +148,7 @@ def two_graphs(step: Step) -> Callable[[], Tensor]:
         count = int(leaves.sum())
         if count == len(leaves):
             hidden = owed(hidden, turn, step.everyone)
-        elif not count or len(leaves) < 32:
+        elif not count or len(leaves) < PACKED:
             hidden = rest(hidden, turn, step.everyone, True)
         else:
             stay, gone = (~leaves).nonzero().squeeze(1), leaves.nonzero().squeeze(1)

@@ -95,12 +95,23 @@ def sweep(
                     yield Case(phase, batch, prompt, share, layer)
 
 
-def standard(exit_layer: int) -> tuple[tuple[Case, tuple[Bound, ...]], ...]:
+def standard(exit_layer: int, device: str = "cpu") -> tuple[tuple[Case, tuple[Bound, ...]], ...]:
     """The cases that the project holds itself to, each with its bounds.
 
     ``"ratio"`` and ``"memory"`` must be at most the bound, ``"efficiency"`` at least.
+
+    Args:
+        exit_layer: Where tokens leave.
+        device: ``"cuda"`` has cases of its own; they are meant for ``--preset 8b
+            --mode reduce-overhead``.
     """
     memory = ("memory", 1.02)
+    if device == "cuda":
+        return (
+            (Case("decode", 1, 512), (("ratio", 1.02), memory)),
+            (Case("prefill", 1, 1024), (("ratio", 1.02), memory)),
+            (Case("decode", 1, 512, 1.0, exit_layer), (("efficiency", 0.85),)),
+        )
     return (
         (Case("prefill", 1, 512), (("ratio", 1.03), memory)),
         (Case("decode", 1, 128), (("ratio", 1.03), memory)),

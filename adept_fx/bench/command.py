@@ -173,7 +173,7 @@ def _cases(options: argparse.Namespace, exit_layer: int) -> "list[tuple[Case, tu
     from adept_fx.bench.cases import standard, sweep
 
     if options.phase is None:
-        return list(standard(exit_layer))
+        return list(standard(exit_layer, options.device.partition(":")[0]))
     found = sweep(options.phase, options.batch, options.prompt, options.share, exit_layer)
     return [(case, ()) for case in found]
 

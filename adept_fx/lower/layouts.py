@@ -117,16 +117,23 @@ class PackedLayout(Layout):
         shared: Arguments of :class:`Layout`.
         index: Their positions ``b * S + s``, ``[N]``. The last may be repeated.
         rows: How they lie in rows.
-        base: Per slot, its values for the tokens that left, ``[B * S, ...]``; zero elsewhere.
+        gone: Positions of the tokens that left, ``[G]``; None if there are none.
+        owed: Per slot, their values, ``[1, ..., G, D]`` each.
     """
 
     def __init__(
-        self, *shared: Any, index: Tensor, rows: Rows, base: Mapping[str, tuple[Tensor, ...]]
+        self,
+        *shared: Any,
+        index: Tensor,
+        rows: Rows,
+        gone: Tensor | None,
+        owed: Mapping[str, tuple[Tensor, ...]],
     ) -> None:
         super().__init__(*shared)
         self.index = index
         self.rows = rows
-        self.base = base
+        self.gone = gone
+        self.owed = owed
 
     def assemble(
         self, slot: str, live: Sequence[Tensor], synthesized: object
@@ -134,8 +141,13 @@ class PackedLayout(Layout):
         """Puts live values beside those of tokens that left."""
         batch, tokens = self.place.grid.shape
         found = []
-        for base, value in zip(self.base[slot], live, strict=True):
-            whole = base.index_copy(0, self.index, value[0].movedim(-2, 0))
+        for at, value in enumerate(live):
+            own = value[0].movedim(-2, 0)
+            # Padding is zero.
+            whole = own.new_zeros(batch * tokens, *own.shape[1:])
+            if self.gone is not None:
+                whole = whole.index_copy(0, self.gone, self.owed[slot][at][0].movedim(-2, 0))
+            whole = whole.index_copy(0, self.index, own)
             found.append(whole.unflatten(0, (batch, tokens)).movedim(1, -2))
         return tuple(found)
 

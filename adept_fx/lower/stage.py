@@ -11,7 +11,7 @@ from adept_fx.lower.cache import Slots
 from adept_fx.lower.forms import compiled, plain
 from adept_fx.lower.gate import fuses, state_of
 from adept_fx.lower.graph import lower, slot_names, with_gate, writing
-from adept_fx.lower.layouts import DenseLayout, Layout, PackedLayout
+from adept_fx.lower.layouts import DenseLayout, PackedLayout
 from adept_fx.lower.share import gate_kind, signature
 
 
@@ -110,22 +110,25 @@ class CompiledStage:
         run = tokens.run
         return run.place(self.index), self.slots.of(run.cache), run.cache, run.kept, visible
 
-    def _layout(self, tokens: Any, synthesized: Sequence[SynthesizedKV | None]) -> Layout:
+    def _layout(
+        self, tokens: Any, synthesized: Sequence[SynthesizedKV | None]
+    ) -> DenseLayout | PackedLayout:
         shared = self._shared(tokens, tokens.run.visible)
         if tokens.index is None:
             return DenseLayout(*shared, active=plain(tokens.active))
-        base = {
-            self.names[owed.slot]: tuple(map(plain, tokens.base(owed, synthesized)))
-            for owed in self.stage.owed
-        }
         rows = tokens.rows.each(plain)
-        return PackedLayout(*shared, index=plain(tokens.index), rows=rows, base=base)
+        slots = [owed.slot for owed in self.stage.owed]
+        gone, owed = tokens.gone(slots, synthesized)
+        named = {self.names[slot]: tuple(map(plain, values)) for slot, values in owed.items()}
+        return PackedLayout(
+            *shared, index=plain(tokens.index), rows=rows, gone=plain(gone), owed=named
+        )
 
-    def _form(self, tokens: Any, layout: Layout) -> tuple[Any, ...]:
+    def _form(self, tokens: Any, layout: DenseLayout | PackedLayout) -> tuple[Any, ...]:
         """What sizes, types and None decide in a compiled function."""
         run = tokens.run
         sizes = (run.batch == 1, run.tokens == 1, run.visible is None)
         state = Slots.state(layout.slots)
         if isinstance(layout, DenseLayout):
             return ("dense", *sizes, state)
-        return ("packed", *sizes, state, tokens.rows.everything)
+        return ("packed", *sizes, state, layout.gone is None)

@@ -2,7 +2,6 @@
 
 import inspect
 import threading
-from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -107,11 +106,20 @@ class ExitAwareForward:
         run.visible = visible
         if settings.compiled and visible is None:
             self._drop_masks(program, inputs, run)
-        with _own_symbols() if settings.compiled else nullcontext():
-            hidden = program.graph(run, *inputs)
+        hidden = self._forward(program, run, inputs)
         self.adept.record(run)
         output = program.output_type(last_hidden_state=hidden, past_key_values=cache)
         return output if call.return_dict else output.to_tuple()
+
+    def _forward(self, program: Program, run: Run, inputs: list[Any]) -> Tensor:
+        if not run.settings.compiled:
+            result: Tensor = program.graph(run, *inputs)
+            return result
+        # Parts recorded as CUDA graphs hand values on in memory that lives for one step.
+        torch.compiler.cudagraph_mark_step_begin()
+        with _own_symbols():
+            result = program.graph(run, *inputs)
+        return result.clone() if result.is_cuda else result
 
     def _visible(self, program: Program, call: Call) -> int | None:
         """How many keys attention is given, where that is known without its masks."""

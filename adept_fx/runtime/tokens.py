@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from adept_fx.graph.blocks import Owed, SynthesizedKV
+from adept_fx.graph.blocks import SynthesizedKV
 from adept_fx.graph.symbols import TokenAxes
 from adept_fx.runtime.rows import Rows, take
 
@@ -186,17 +186,30 @@ class Tokens:
         rows: Tensor = packed.unflatten(0, (batch, tokens))
         return rows.movedim(1, -2)
 
-    def base(self, owed: Owed, synthesized: Sequence[SynthesizedKV | None]) -> tuple[Tensor, ...]:
-        """What a slot is owed of the tokens that left, ``[B * S, ...]`` each; zero elsewhere."""
-        places, device = self.run.batch * self.run.tokens, self.run.depth.device
-        found = []
-        for at, (shape, dtype) in enumerate(zip(owed.shapes, owed.dtypes, strict=True)):
-            whole = torch.zeros(places, *shape, dtype=dtype, device=device)
-            for item in synthesized:
-                if item is not None and owed.slot in item.values:
-                    whole.index_copy_(0, item.index, item.values[owed.slot][at][0].movedim(-2, 0))
-            found.append(whole)
-        return tuple(found)
+    def gone(
+        self, slots: Sequence[str], synthesized: Sequence[SynthesizedKV | None]
+    ) -> tuple[Tensor | None, dict[str, tuple[Tensor, ...]]]:
+        """What slots are owed of the tokens that left, whatever exit they left at.
+
+        Returns:
+            Their positions ``[G]``, ``G >= 2`` as a size of 1 would be compiled apart, and per
+            slot their values ``[1, ..., G, D]``; None and nothing if none left.
+        """
+        items = [item for item in synthesized if item is not None]
+        if not items or not slots:
+            return None, {}
+        index = torch.cat([item.index for item in items])
+        wanted = max(len(index), 2)
+
+        def together(parts: Sequence[Tensor]) -> Tensor:
+            whole = torch.cat(list(parts), dim=-2) if len(parts) > 1 else parts[0]
+            return whole if whole.shape[-2] == wanted else torch.cat((whole, whole), dim=-2)
+
+        values = {
+            slot: tuple(map(together, zip(*(item.values[slot] for item in items), strict=True)))
+            for slot in slots
+        }
+        return index if len(index) == wanted else torch.cat((index, index)), values
 
     def pick(self, whole: Tensor) -> Tensor:
         """The live tokens of ``whole [B, S, D]``, packed."""

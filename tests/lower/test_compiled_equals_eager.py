@@ -53,6 +53,7 @@ CASES = (
     (3, False, True, "compact", 0.5),
     (3, True, False, "dense", 0.8),
     (1, True, False, "compact", 0.5),
+    (2, True, False, "auto", 0.0),  # all leave at the first exit: one function does the rest
 )
 FEW = CASES[:1]
 
