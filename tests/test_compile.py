@@ -16,15 +16,15 @@ from models import tiny
 STEPS = 6
 
 
-def _scores() -> list[Tensor]:
+def _scores(exits: int = 2) -> list[Tensor]:
     generator = torch.Generator().manual_seed(3)
-    prompt = torch.rand(2, 2, 7, generator=generator) * 0.7
-    return [prompt, *(torch.rand(2, 2, 1, generator=generator) for _ in range(STEPS))]
+    prompt = torch.rand(exits, 2, 7, generator=generator) * 0.7
+    return [prompt, *(torch.rand(exits, 2, 1, generator=generator) for _ in range(STEPS))]
 
 
 def _generate(ee: Any) -> Tensor:
     ids = torch.randint(3, 100, (2, 7), generator=torch.Generator().manual_seed(1))
-    ee.adept.set_gates(Replay(_scores()))
+    ee.adept.set_gates(Replay(_scores(len(ee.adept.config.exit_layers))))
     return ee.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -39,9 +39,9 @@ def _bytes(model: torch.nn.Module) -> int:
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
-def _transformed(dtype: torch.dtype) -> tuple[Any, Any]:
+def _transformed(dtype: torch.dtype, exits: tuple[int, ...] = (1, 3)) -> tuple[Any, Any]:
     model = tiny("llama", dtype)
-    config = adept_fx.ExitConfig(exits=(1, 3), gate=Replay([]), threshold=0.5)
+    config = adept_fx.ExitConfig(exits=exits, gate=Replay([]), threshold=0.5)
     return model, adept_fx.transform(model, config)
 
 
@@ -74,7 +74,31 @@ def test_a_change_under_a_compiled_graph_raises() -> None:
 
 @pytest.mark.slow
 def test_inductor_gives_the_same_tokens() -> None:
-    _, ee = _transformed(torch.float32)
+    _, ee = _transformed(torch.float32, (2,))
+    ee.adept.plan = "compact"
     expected = _generate(ee)
     ee.adept.compile()
     assert torch.equal(_generate(ee), expected)
+
+
+@torch.no_grad()
+def _logits(ee: Any) -> Tensor:
+    """Of a prompt and a token, both with tokens that leave."""
+    ids = torch.randint(3, 100, (2, 8), generator=torch.Generator().manual_seed(1))
+    ee.adept.set_gates(Replay(_scores(1)))
+    first = ee(ids[:, :7], use_cache=True)
+    places = torch.full((2, 1), 7)
+    second = ee(ids[:, 7:], past_key_values=first.past_key_values, position_ids=places)
+    return torch.cat((first.logits, second.logits), 1).float()
+
+
+@pytest.mark.slow
+def test_inductor_in_bfloat16_is_as_near_to_float32_as_eager_is() -> None:
+    _, exact = _transformed(torch.float32, (2,))
+    _, ee = _transformed(torch.bfloat16, (2,))
+    weights = {name: p.float() for name, p in ee.named_parameters() if "adept" not in name}
+    exact.load_state_dict(weights, strict=False)
+    exact.adept.plan = ee.adept.plan = "compact"
+    oracle, eager = _logits(exact), _logits(ee)
+    ee.adept.compile()
+    assert (_logits(ee) - oracle).abs().max() <= 2 * (eager - oracle).abs().max()

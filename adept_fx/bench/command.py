@@ -78,6 +78,8 @@ def run(options: argparse.Namespace) -> int:
     from adept_fx.bench.runner import run_case
 
     require_writable(options.json, options.plot)
+    if options.plot:
+        report.require_matplotlib()
     device = torch.device(options.device)
     model = _model(options, device)
     setting, exit_layer = _setting(options, model)

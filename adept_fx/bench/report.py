@@ -4,6 +4,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -105,18 +106,20 @@ def write_json(file: Path, setting: dict[str, Any], rows: Sequence[Row], more: A
     file.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
 
 
-def plot(file: Path, rows: Sequence[Row], title: str) -> None:
-    """Ratios and ideal ratios as bars.
+def require_matplotlib() -> None:
+    """Says before anything is measured that it could not be drawn.
 
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError(
-            "a picture needs matplotlib", hint="pip install 'adept-fx[bench]'"
-        ) from error
+    if find_spec("matplotlib") is None:
+        raise ConfigError("a picture needs matplotlib", hint="pip install 'adept-fx[bench]'")
+
+
+def plot(file: Path, rows: Sequence[Row], title: str) -> None:
+    """Ratios and ideal ratios as bars."""
+    from matplotlib.figure import Figure
+
     shown = [row for row in rows if row.steady]
     figure = Figure(figsize=(9, 1.5 + 0.45 * len(shown)), layout="constrained")
     axes = figure.subplots()

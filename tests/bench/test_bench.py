@@ -243,9 +243,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "decode 1 x 8" in capsys.readouterr().out
 
 
-def test_what_the_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_command_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = ["bench", "--preset", "tiny", "--no-compile"]
     assert cli.main([*base, "--json", str(tmp_path / "no" / "x.json")]) == 2
     assert "cannot write" in capsys.readouterr().err
+    monkeypatch.setattr(report, "find_spec", lambda _: None)
+    assert cli.main([*base, "--plot", str(tmp_path / "x.png")]) == 2
+    assert "matplotlib" in capsys.readouterr().err
     assert cli.main([*base, "--exit", "3"]) == 2
     assert "no exit point" in capsys.readouterr().err
