@@ -14,16 +14,27 @@ if TYPE_CHECKING:
     from adept_fx.errors import AdeptError
     from adept_fx.report.explain import explain
     from adept_fx.rewrite import restore, transform
+    from adept_fx.scanning.measure import scan
 
 __version__ = "0.1.0"
 
-__all__ = ["AdeptError", "ExitConfig", "__version__", "explain", "gates", "restore", "transform"]
+__all__ = [
+    "AdeptError",
+    "ExitConfig",
+    "__version__",
+    "explain",
+    "gates",
+    "restore",
+    "scan",
+    "transform",
+]
 
 _HOME = {
     "AdeptError": "adept_fx.errors",
     "ExitConfig": "adept_fx.config",
     "explain": "adept_fx.report.explain",
     "restore": "adept_fx.rewrite",
+    "scan": "adept_fx.scanning.measure",
     "transform": "adept_fx.rewrite",
 }
 

@@ -14,12 +14,14 @@ from adept_fx.bench import command as bench
 from adept_fx.check import command as check
 from adept_fx.errors import AdeptError
 from adept_fx.report import command as explain
+from adept_fx.scanning import command as scan
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 COMMANDS: tuple[Callable[[Commands], None], ...] = (
     check.add_parser,
     explain.add_parser,
+    scan.add_parser,
     bench.add_parser,
 )
 """Add a command here."""

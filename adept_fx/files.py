@@ -1,6 +1,7 @@
-"""Files that commands write."""
+"""Files that commands write, and what they need for it."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 from adept_fx.errors import ConfigError
@@ -19,3 +20,13 @@ def require_writable(*files: Path | None) -> None:
         place = file if file.exists() else file.parent
         if file.is_dir() or not file.parent.is_dir() or not os.access(place, os.W_OK):
             raise ConfigError(f"cannot write the file {file}", hint="does its folder exist?")
+
+
+def require_matplotlib() -> None:
+    """Says before anything is measured that it could not be drawn.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise ConfigError("a picture needs matplotlib", hint="pip install 'adept-fx[bench]'")

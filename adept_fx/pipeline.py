@@ -60,7 +60,7 @@ class Program:
     @cached_property
     def slices_keys(self) -> bool:
         """Whether attention may be given a part of the cached keys: see :mod:`adept_fx.lower`."""
-        return slices_keys(self.graph)
+        return slices_keys(self.graph, self.masks)
 
     @cached_property
     def kind_layers(self) -> tuple[int, ...]:

@@ -16,15 +16,15 @@ from models import tiny
 STEPS = 6
 
 
-def _scores(exits: int = 2) -> list[Tensor]:
+def _scores() -> list[Tensor]:
     generator = torch.Generator().manual_seed(3)
-    prompt = torch.rand(exits, 2, 7, generator=generator) * 0.7
-    return [prompt, *(torch.rand(exits, 2, 1, generator=generator) for _ in range(STEPS))]
+    prompt = torch.rand(2, 2, 7, generator=generator) * 0.7
+    return [prompt, *(torch.rand(2, 2, 1, generator=generator) for _ in range(STEPS))]
 
 
-def _generate(ee: Any) -> Tensor:
+def _generate(ee: Any, scores: list[Tensor] | None = None) -> Tensor:
     ids = torch.randint(3, 100, (2, 7), generator=torch.Generator().manual_seed(1))
-    ee.adept.set_gates(Replay(_scores(len(ee.adept.config.exit_layers))))
+    ee.adept.set_gates(Replay(_scores() if scores is None else scores))
     return ee.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -72,24 +72,47 @@ def test_a_change_under_a_compiled_graph_raises() -> None:
     assert _generate(ee).shape == (2, 7 + STEPS)
 
 
+def test_what_is_captured_is_compiled_as_it_is() -> None:
+    """No second capture; of programs for other modes nothing is left that could be stale."""
+    _, ee = _transformed(torch.float32)
+    forward, program = ee.adept._forward, ee.adept._forward.current()
+    ee.train()
+    forward.prepare()
+    ee.eval()
+    ee.adept.compile(backend="eager")
+    assert forward.current() is program
+    assert program.graph.stage_0.compiled
+    expected = _generate(ee)
+    ee.adept.uncompile()
+    assert forward.current() is not program
+    ee.adept.compile(backend="eager")
+    ee.adept.compile(backend="eager")
+    assert torch.equal(_generate(ee), expected)
+
+
+def _simple_scores() -> list[Tensor]:
+    """A row of the prompt leaves; then nobody and everybody in turn: few forms to compile."""
+    prompt = torch.zeros(1, 2, 7)
+    prompt[0, 0] = 1.0
+    return [prompt, *(torch.full((1, 2, 1), float(step % 2)) for step in range(STEPS))]
+
+
 @pytest.mark.slow
 def test_inductor_gives_the_same_tokens() -> None:
     _, ee = _transformed(torch.float32, (2,))
     ee.adept.plan = "compact"
-    expected = _generate(ee)
+    expected = _generate(ee, _simple_scores())
     ee.adept.compile()
-    assert torch.equal(_generate(ee), expected)
+    assert torch.equal(_generate(ee, _simple_scores()), expected)
 
 
 @torch.no_grad()
 def _logits(ee: Any) -> Tensor:
-    """Of a prompt and a token, both with tokens that leave."""
-    ids = torch.randint(3, 100, (2, 8), generator=torch.Generator().manual_seed(1))
-    ee.adept.set_gates(Replay(_scores(1)))
-    first = ee(ids[:, :7], use_cache=True)
-    places = torch.full((2, 1), 7)
-    second = ee(ids[:, 7:], past_key_values=first.past_key_values, position_ids=places)
-    return torch.cat((first.logits, second.logits), 1).float()
+    """Of a prompt of which one row leaves."""
+    ids = torch.randint(3, 100, (2, 7), generator=torch.Generator().manual_seed(1))
+    ee.adept.set_gates(Replay(_simple_scores()))
+    logits: Tensor = ee(ids, use_cache=True).logits
+    return logits.float()
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from adept_fx.bench.presets import PRESETS
 from adept_fx.errors import ConfigError
-from adept_fx.files import require_writable
+from adept_fx.files import require_matplotlib, require_writable
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
 
     require_writable(options.json, options.plot)
     if options.plot:
-        report.require_matplotlib()
+        require_matplotlib()
     device = torch.device(options.device)
     model = _model(options, device)
     setting, exit_layer = _setting(options, model)

@@ -4,7 +4,6 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from rich.table import Table
 
 import adept_fx
 from adept_fx.bench.result import Bound, Row
-from adept_fx.errors import ConfigError
 
 _COLUMNS = (
     "base ms",
@@ -104,16 +102,6 @@ def write_json(file: Path, setting: dict[str, Any], rows: Sequence[Row], more: A
     """Everything that was measured."""
     content = {**setting, "rows": [row.to_dict() for row in rows], **more}
     file.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-
-
-def require_matplotlib() -> None:
-    """Says before anything is measured that it could not be drawn.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
-    if find_spec("matplotlib") is None:
-        raise ConfigError("a picture needs matplotlib", hint="pip install 'adept-fx[bench]'")
 
 
 def plot(file: Path, rows: Sequence[Row], title: str) -> None:

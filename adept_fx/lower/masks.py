@@ -14,16 +14,39 @@ from adept_fx.runtime.call import Call
 from adept_fx.runtime.masks import past_length, takes_4d
 
 
-def slices_keys(graph: fx.GraphModule) -> bool:
+def slices_keys(graph: fx.GraphModule, masks: Iterable[str]) -> bool:
     """Whether keys may be cut to those that there are: nothing else has their length.
 
-    True if all that sees cached keys is attention by a registered function.
+    True if all that sees cached keys is attention by a registered function, and all that sees a
+    mask is attention.
+
+    Args:
+        graph: The exit-aware graph.
+        masks: Names of its inputs that are masks.
     """
     stages = [block for block in graph.children() if isinstance(block, Stage)]
     parts = [part for stage in stages for part in stage.graph.children()]
-    return not any(isinstance(part, MixerRegion) for part in parts) and all(
-        _is_plain(part) for part in parts if isinstance(part, AttentionRegion)
-    )
+    if any(isinstance(part, MixerRegion) for part in parts):
+        return False
+    regions = [part for part in parts if isinstance(part, AttentionRegion)]
+    return all(map(_is_plain, regions)) and all(_only_masks(graph, name) for name in masks)
+
+
+def _only_masks(graph: fx.GraphModule, name: str) -> bool:
+    """Whether an input goes to stages, and there to attention, and nowhere else."""
+    inputs = [node for node in graph.graph.find_nodes(op="placeholder") if node.name == name]
+    for user in [user for node in inputs for user in node.users]:
+        stage = graph.get_submodule(str(user.target)) if user.op == "call_module" else None
+        if not isinstance(stage, Stage):
+            return False
+        own = stage.graph.graph.find_nodes(op="placeholder")
+        places = [at for at, item in enumerate(user.args) if item in inputs]
+        for reader in [reader for at in places for reader in own[at].users]:
+            if reader.op != "call_module":
+                return False
+            if not isinstance(stage.graph.get_submodule(str(reader.target)), AttentionRegion):
+                return False
+    return True
 
 
 def _is_plain(region: AttentionRegion) -> bool:

@@ -178,9 +178,7 @@ class ExitAwareForward:
             found = self._programs.find(form)
             if found is None:
                 found, seen = self._capture(positions, extras, embeds)
-                if self._options is not None:
-                    compile_program(found, self._stacks, self._options)
-                    self.costs = self.costs or measure(found)
+                self._compile(found)
                 self._programs.add(form, found, seen)
             return found
 
@@ -235,9 +233,17 @@ class ExitAwareForward:
     def compile(self, mode: str | None, options: dict[str, Any]) -> None:
         """Compiles what is captured, and what will be."""
         with self._lock:
-            self.uncompile()
+            if self.compiled:
+                self.uncompile()
             self._options = compile_options(mode, options)
+            for program in self._programs.only_fitting():
+                self._compile(program)
             self.prepare()
+
+    def _compile(self, program: Program) -> None:
+        if self._options is not None:
+            compile_program(program, self._stacks, self._options)
+            self.costs = self.costs or measure(program)
 
     def uncompile(self) -> None:
         """Back to eager; every parameter gets its own memory again."""

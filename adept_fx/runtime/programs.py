@@ -39,6 +39,12 @@ class Programs:
         """Whether all programs were captured of the model as it is now."""
         return all(item.seen.matches() for item in self._kept)
 
+    def only_fitting(self) -> list[Program]:
+        """Drops programs that were captured of the model as it is not now; returns the others."""
+        with self._lock:
+            self._kept = [item for item in self._kept if item.seen.matches()]
+            return [item.program for item in self._kept]
+
     def find(self, form: Hashable) -> Program | None:
         """The program for calls of that form, if the model is one that was captured."""
         for at, item in enumerate(self._kept):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import adept_fx
-from adept_fx import cli
+from adept_fx import cli, files
 from adept_fx.bench import ideal, report
 from adept_fx.bench.cases import Case, standard, sweep
 from adept_fx.bench.measure import Times, measure
@@ -249,7 +249,7 @@ def test_what_the_command_refuses(
     base = ["bench", "--preset", "tiny", "--no-compile"]
     assert cli.main([*base, "--json", str(tmp_path / "no" / "x.json")]) == 2
     assert "cannot write" in capsys.readouterr().err
-    monkeypatch.setattr(report, "find_spec", lambda _: None)
+    monkeypatch.setattr(files, "find_spec", lambda _: None)
     assert cli.main([*base, "--plot", str(tmp_path / "x.png")]) == 2
     assert "matplotlib" in capsys.readouterr().err
     assert cli.main([*base, "--exit", "3"]) == 2

@@ -107,11 +107,25 @@ def test_masks_that_allow_every_key_are_left_out() -> None:
     assert visible_keys([allows, holes], cache, 1) is None
     assert not fills([allows], 5)
     assert fills([allows], 8)
-    with torch.no_grad():
-        graph = adept_fx.transform(model, adept_fx.ExitConfig(exits=(2,))).adept.graph
-        assert slices_keys(graph)
-        bloom = adept_fx.transform(tiny("bloom"), adept_fx.ExitConfig(exits=(2,)))
-    assert not slices_keys(bloom.adept.graph)
+
+
+def test_masks_are_left_out_only_where_attention_alone_reads_them() -> None:
+    ee = adept_fx.transform(tiny("llama"), adept_fx.ExitConfig(exits=(2,)))
+    program = ee.adept._forward.prepare()
+    (name,) = program.masks
+    assert program.slices_keys
+    assert slices_keys(program.graph, [name])
+    stage = program.graph.get_submodule("stage_1")
+    assert isinstance(stage, Stage)
+    for graph in (program.graph.graph, stage.graph.graph):
+        (mask,) = [n for n in graph.find_nodes(op="placeholder") if "mask" in n.name]
+        with graph.inserting_before(next(iter(graph.find_nodes(op="output")))):
+            other = graph.call_function(torch.logical_not, (mask,))
+        assert not slices_keys(program.graph, [name])
+        graph.erase_node(other)
+        assert slices_keys(program.graph, [name])
+    bloom = adept_fx.transform(tiny("bloom"), adept_fx.ExitConfig(exits=(2,)))
+    assert not bloom.adept._forward.prepare().slices_keys
 
 
 @pytest.mark.parametrize("masked", [False, True])

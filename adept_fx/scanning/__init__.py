@@ -1,0 +1,1 @@
+"""`adept_fx.scan`: is early exit worth it for a model, before anything is trained?"""
