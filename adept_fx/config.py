@@ -15,7 +15,7 @@ from adept_fx.errors import ConfigError
 if TYPE_CHECKING:
     from adept_fx.gates import Gate
 
-KV_POLICIES = ("synthesize",)
+KV_POLICIES = ("synthesize", "map", "map_per_layer")
 """Known values of `ExitConfig.kv`."""
 
 _EVERY = re.compile(r"every:([1-9][0-9]{0,8})")
@@ -38,7 +38,12 @@ class ExitConfig:
         prefill_threshold: The same for calls with more than one new token per row; None means
             `threshold`. So the verification step of assisted generation counts as prefill, and a
             last chunk of one token as decode.
-        kv: How the keys and values of skipped layers come about.
+        kv: How the keys and values of skipped layers come about: each layer projects the state that
+            a token left with (``"synthesize"``), or a learned map of it, one per exit (``"map"``)
+            or one per exit and layer (``"map_per_layer"``).
+        kv_rank: Rank of those maps.
+        adapter_rank: Rank of the learned exit adapters, between an exit and the final norm; 0 for
+            none.
     """
 
     exits: tuple[int, ...] | str = "every:4"
@@ -46,6 +51,8 @@ class ExitConfig:
     threshold: float | tuple[float, ...] = 1.0
     prefill_threshold: float | tuple[float, ...] | None = None
     kv: str = "synthesize"
+    kv_rank: int = 16
+    adapter_rank: int = 0
 
     def __post_init__(self) -> None:
         """Brings the values to their normal form and checks all that needs no model."""
@@ -61,6 +68,8 @@ class ExitConfig:
         if not isinstance(self.kv, str) or self.kv not in KV_POLICIES:
             known = ", ".join(KV_POLICIES)
             raise ConfigError(f"unknown kv policy {short(self.kv)}", hint=f"known: {known}")
+        _check_rank("kv_rank", self.kv_rank, least=1)
+        _check_rank("adapter_rank", self.adapter_rank, least=0)
         self._check_counts()
 
     @property
@@ -182,6 +191,11 @@ def _check_threshold(name: str, value: Any) -> float:
             hint="a token leaves iff its score is above the threshold; 1.0 means never",
         )
     return float(value)
+
+
+def _check_rank(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, not {short(value)}")
 
 
 def _check_exits(value: Any) -> tuple[int, ...] | str:

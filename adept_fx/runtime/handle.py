@@ -37,6 +37,8 @@ class Adept(nn.Module):
         stats: Counts over all forwards, see :class:`~adept_fx.runtime.stats.Stats`.
         last_depth: ``[B, S]`` int64, layers run per token in the last forward: the number of
             layers if none was skipped, 0 for padding; None before the first forward.
+        calibration: What :func:`adept_fx.calibrate` found, as JSON types: per phase, the promise
+            that the thresholds keep. None if it has not been called.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Adept(nn.Module):
         self.gates = nn.ModuleList(gates)
         self.stats = Stats(config.exit_layers)
         self.last_depth: Tensor | None = None
+        self.calibration: dict[str, Any] | None = None
         self._thresholds = config.thresholds
         self._prefill_thresholds = config.prefill_thresholds
         self._plan = "auto"

@@ -11,7 +11,7 @@ from adept_fx.model_facts import layer_count
 from adept_fx.scanning.probe import Seen, look
 from adept_fx.scanning.proposal import propose
 from adept_fx.scanning.result import Layer, Scan
-from adept_fx.scanning.texts import texts_of
+from adept_fx.texts import texts_of
 
 _POINTS = 16
 _TARGETS = (0.99, 0.97, 0.95, 0.90)

@@ -17,7 +17,7 @@ from adept_fx.errors import ConfigError, InputError
 from adept_fx.scanning.measure import _points
 from adept_fx.scanning.proposal import propose
 from adept_fx.scanning.result import Layer, Scan
-from adept_fx.scanning.texts import texts_of
+from adept_fx.texts import texts_of
 from models import tiny
 
 
