@@ -79,6 +79,7 @@ def start(
     exits: tuple[int, ...],
     needs: tuple[frozenset[str], ...],
     policy: KVPolicy,
+    adapters: bool = False,
 ) -> Work:
     """A captured graph as work for the passes."""
     return Work(
@@ -91,6 +92,7 @@ def start(
         exits=exits,
         needs=needs,
         policy=policy,
+        adapters=adapters,
     )
 
 

@@ -9,6 +9,8 @@ from adept_fx.config import ExitConfig
 from adept_fx.errors import ConfigError, UnsupportedModelError, during
 from adept_fx.gates.registry import build_gates
 from adept_fx.inspect_model import find_decoder, refuse
+from adept_fx.kv.base import maps_needed
+from adept_fx.low_rank import ExitAdapter, KVMaps
 from adept_fx.model_facts import hidden_size, layer_count
 from adept_fx.runtime.decoder import ExitAwareForward
 from adept_fx.runtime.handle import Adept
@@ -51,7 +53,13 @@ def transform(model: nn.Module, config: ExitConfig | None = None) -> Any:
     dtype = decoder.dtype if isinstance(decoder.dtype, torch.dtype) else weight.dtype
     with during("gates"):
         gates = build_gates(resolved, hidden_size(decoder), weight.device, dtype)
-    adept = Adept(resolved, gates, one_threshold=config.prefill_threshold is None)
+    adept = Adept(
+        resolved,
+        gates,
+        adapters=_adapters(resolved, decoder, weight.device, dtype),
+        kv_maps=_kv_maps(resolved, decoder, weight.device, dtype),
+        one_threshold=config.prefill_threshold is None,
+    )
     adept.train(model.training)
     memo: dict[int, Any] = {}
     exit_aware = shell(decoder, memo)
@@ -89,6 +97,25 @@ def _resolved(config: ExitConfig, decoder: nn.Module) -> ExitConfig:
             hint="write adept_fx.ExitConfig(exits=...)",
         )
     return config.resolve(layer_count(decoder))
+
+
+def _adapters(
+    config: ExitConfig, decoder: nn.Module, device: torch.device, dtype: torch.dtype
+) -> list[ExitAdapter]:
+    size, rank = hidden_size(decoder), config.adapter_rank
+    count = len(config.exit_layers) if rank else 0
+    return [ExitAdapter(size, rank, device=device, dtype=dtype) for _ in range(count)]
+
+
+def _kv_maps(
+    config: ExitConfig, decoder: nn.Module, device: torch.device, dtype: torch.dtype
+) -> KVMaps | None:
+    exits = config.exit_layers
+    count = maps_needed(config.kv, exits, layer_count(decoder))
+    if not count:
+        return None
+    size = hidden_size(decoder)
+    return KVMaps(size, config.kv_rank, len(exits), count, device=device, dtype=dtype)
 
 
 def _refuse_continuous_batching(*args: Any, **kwargs: Any) -> None:

@@ -13,7 +13,7 @@ from adept_fx.graph.base import Stage as Reached
 from adept_fx.graph.blocks import Block, Stage, Synthesis
 from adept_fx.graph.extract import Extraction, needed
 from adept_fx.graph.meta import PROLOGUE
-from adept_fx.graph.partition import Partition
+from adept_fx.graph.partition import GATE, Partition
 from adept_fx.graph.stage_builder import StageBuilder
 from adept_fx.graph.symbols import TokenAxes, token_axes
 from adept_fx.graph.writes import slot, writes, written
@@ -35,6 +35,8 @@ class CompactTokens(Pass):
         hidden_1 = stage_1(exit_0, live_1, mask, cos_1, sin_1, kv_0)
         hidden = scatter_tokens((all_tokens, exit_0), (hidden_0, hidden_1))
         return epilogue(hidden)
+
+    With exit adapters, ``adapted = adapt_exits(all_tokens, hidden)`` stands before the last line.
 
     Guarantees: no marker op is left; no size crosses a border between parts.
 
@@ -71,6 +73,8 @@ _OUTER = {
     ops.decide,
     ops.gather_tokens,
     ops.scatter_tokens,
+    ops.adapt_exits,
+    ops.left_at,
     operator.getitem,
 }
 
@@ -108,6 +112,8 @@ class _Outer:
                 hidden = self._gather(index, layouts[-1], outputs[0])
         arguments = (tuple(layouts), tuple(states))
         hidden = self._call(ops.scatter_tokens, arguments, "hidden")
+        if self.work.adapters:
+            hidden = self._call(ops.adapt_exits, (layouts[0], hidden), "adapted")
         self.graph.output(self._epilogue(hidden))
         for node in self.graph.find_nodes(op="call_function", target=ops.gather_tokens):
             if not node.users:
@@ -209,9 +215,15 @@ class _Outer:
         if not isinstance(flat, fx.GraphModule):
             raise PassError(f"kv_{index} is no graph")
         block = Synthesis(flat, refs, layers, axes, {slot(w): len(written(w)) for w in behind})
-        values = [outputs[0], *(self.now[node] for node in inputs[1:])]
+        values = [outputs[0]]
+        for node in inputs[1:]:
+            values.append(self._left(decision) if node.target is GATE else self.now[node])
         self.kv.append(self._block(f"kv_{index}", block, (decision, *values)))
         return decision
+
+    def _left(self, decision: Node) -> Node:
+        arguments = (decision, tuple(self.work.exits))
+        return self._call(ops.left_at, arguments, decision.name.replace("exit", "left"))
 
     def _gather(self, index: int, tokens: Node, hidden: Node) -> Node:
         """Compacts the state and everything that later stages read token by token.

@@ -4,6 +4,7 @@ import operator
 from typing import Any
 
 import torch
+from torch._guards import detect_fake_mode
 from torch.fx import Node
 
 from adept_fx.errors import PassError, UnsupportedModelError
@@ -17,6 +18,8 @@ from adept_fx.graph.symbols import is_scalar
 from adept_fx.graph.writes import add_synthesized, is_write, slot, synthesized, writes, written
 
 _GATE = torch.ops.adept_fx.gate.default
+_FREEZE = torch.ops.adept_fx.freeze.default
+_MAP = torch.ops.adept_fx.map_state.default
 _LAYER_NORM = torch.ops.aten.layer_norm.default
 
 
@@ -30,6 +33,10 @@ class SynthesizeKV(Pass):
 
     Before: ``cache_write(k, v, slots, 5, [])``.
     After: ``kv_0 = kv_0(h_4, cos, sin)``, ``cache_write(k, v, slots, 5, [kv_0[2], kv_0[3]])``.
+
+    A policy with learned maps asks at which exit each token left (``kv_0(h_4, left, cos, sin)``),
+    and its maps stand in front of the layers, too, for the masked-dense plan:
+    ``add_9 = map_state(h_5, active, down, up, 0, [4])``, which layer 5 reads in place of ``h_5``.
 
     The same holds for index keys of sparse attention, and for the input of modules that keep
     recurrent state.
@@ -46,15 +53,18 @@ class SynthesizeKV(Pass):
         """Builds one subgraph per exit point."""
         found = writes(work.graph.graph.nodes)
         counts = {"slices": 0, "cut": 0}
+        tensors = _policy_tensors(work)
         modified = False
         for gate in work.find(_GATE):
             index: Any = gate.args[3]
             if hasattr(work.graph, f"kv_{index}"):
                 continue
             behind = [w for w in found if (meta.get(w).layer or 0) >= work.exits[index]]
-            counts["cut"] += self._synthesize(work, gate, index, behind)
+            counts["cut"] += self._synthesize(work, gate, index, behind, tensors)
             counts["slices"] += len(behind)
             modified = True
+        if modified and tensors:
+            counts["maps"] = _map_layers(work, tensors)
         return PassResult(modified, counts)
 
     def ensures(self, work: Work) -> None:
@@ -70,19 +80,31 @@ class SynthesizeKV(Pass):
             if [(item.args[0].target, item.args[1]) for item in listed] != expected:
                 raise PassError(f"{slot(write)} lacks synthesized values")
 
-    def _synthesize(self, work: Work, gate: Node, index: int, behind: list[Node]) -> int:
+    def _synthesize(
+        self,
+        work: Work,
+        gate: Node,
+        index: int,
+        behind: list[Node],
+        tensors: dict[str, Node],
+    ) -> int:
         graph = work.graph.graph
         order = {node: position for position, node in enumerate(graph.nodes)}
         borders = {meta.get(n).border: n for n in graph.nodes if meta.get(n).border is not None}
         part = Extraction(work.symbols, merge=True)
         state = part.add_input(borders[work.exits[index]], "hidden")
+        left = part.add_input(gate, "left") if tensors else state
+        part.copy(tensors.values())
         outputs = []
-        mapped: set[int] = set()
+        mapped: dict[int, Node] = {}
         for write in behind:
             layer = meta.get(write).layer or 0
-            if layer not in mapped:
-                part.copies[borders[layer]] = work.policy.map_state(state, index, layer)
-                mapped.add(layer)
+            which = work.policy.which(layer)
+            if which not in mapped:
+                mapped[which] = work.policy.map_state(
+                    state, left, which, lambda name: part.copies[tensors[name]]
+                )
+            part.copies[borders[layer]] = mapped[which]
             outputs += self._slice(part, write, borders[layer], layer, order)
         sources = list(part.sources)
         module = part.finish(outputs)
@@ -136,6 +158,51 @@ class SynthesizeKV(Pass):
                 items.append(last)
                 at += 1
             add_synthesized(write, items)
+
+
+def _policy_tensors(work: Work) -> dict[str, Node]:
+    """The maps' own tensors as inputs of the graph, like those of the model."""
+    graph = work.graph.graph
+    inputs = graph.find_nodes(op="placeholder")
+    mode = detect_fake_mode([node.meta.get("val") for node in inputs])
+    nodes: dict[str, Node] = {}
+    for name, reference in work.policy.tensors().items():
+        known = next((n for n in inputs if meta.get(n).source == reference.name), None)
+        if known is None:
+            if mode is None:
+                raise PassError("the graph has no fake tensors")
+            with graph.inserting_after(inputs[-1]):
+                known = graph.placeholder(f"kv_map_{name}")
+            known.meta["val"] = mode.from_tensor(reference.get())
+            meta.update(known, source=reference.name)
+            work.sources[known.name] = reference
+        nodes[name] = known
+    return nodes
+
+
+def _map_layers(work: Work, tensors: dict[str, Node]) -> int:
+    """Puts its map in front of every layer behind an exit point; returns how many."""
+    graph = work.graph.graph
+    gates = work.find(_GATE)
+    borders = {b: n for n in graph.nodes if (b := meta.get(n).border) is not None}
+    for layer in range(work.exits[0], work.num_layers):
+        border = borders[layer]
+        active = gates[sum(e <= layer for e in work.exits) - 1]
+        readers = [user for user in border.users if not _passes_by(user)]
+        with graph.inserting_after(active if active.args[0] is border else border):
+            arguments = (border, active, *tensors.values(), work.policy.which(layer))
+            node = graph.call_function(_MAP, (*arguments, list(work.exits)))
+        node.meta["val"] = border.meta["val"]
+        meta.update(node, layer=layer)
+        for reader in readers:
+            reader.replace_input_with(border, node)
+    return work.num_layers - work.exits[0]
+
+
+def _passes_by(user: Node) -> bool:
+    """Whether a reader of the residual stream is no part of the layer behind it."""
+    synthesis = user.op == "call_module" and str(user.target).startswith("kv_")
+    return synthesis or user.target in (_GATE, _FREEZE)
 
 
 def _split_norm(part: Extraction, node: Node) -> Node | None:

@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import (
 from adept_fx.capture import Capture, capture
 from adept_fx.graph.base import Pass, Work
 from adept_fx.graph.runner import run_passes
-from adept_fx.kv.base import build_policy
+from adept_fx.kv import KVPolicy
 from adept_fx.pipeline import PIPELINE, start
 from models import randomize, tiny
 
@@ -246,7 +246,7 @@ def work_of(
 ) -> Work:
     """The graph of such a decoder, just before a pass (or after the last)."""
     asked = tuple(frozenset(needs) for _ in exits)
-    work = start(captured(kind), exits, asked, build_policy("synthesize"))
+    work = start(captured(kind), exits, asked, KVPolicy())
     work = replace(work, graph=deepcopy(work.graph))
     steps = PIPELINE if until is None else PIPELINE[: PIPELINE.index(until)]
     run_passes(work, [step() for step in steps])

@@ -42,6 +42,7 @@ class Work:
         exits: Exit points, in layers.
         needs: What each exit's gate asks for (``Gate.needs``).
         policy: Where keys and values of skipped layers come from.
+        adapters: Whether the states of tokens that left pass exit adapters at the end.
         stage: The stage reached.
         num_layers: Number of layers, once found.
         container: The path of what holds the layers in the decoder, once found.
@@ -58,6 +59,7 @@ class Work:
     exits: tuple[int, ...]
     needs: tuple[frozenset[str], ...]
     policy: KVPolicy
+    adapters: bool = False
     stage: Stage = Stage.CAPTURED
     num_layers: int = 0
     container: str = ""

@@ -28,6 +28,7 @@ from adept_fx.ops import tokens as ops
 from adept_fx.ops.mixer import Mixer
 
 FREEZE = torch.ops.adept_fx.freeze.default
+MAP = torch.ops.adept_fx.map_state.default
 
 
 class StageBuilder:
@@ -69,6 +70,10 @@ class StageBuilder:
         if node.target is FREEZE:
             new, frozen = (part.lookup(i) for i in data_inputs(node))
             return part.graph.call_function(ops.freeze_tokens, (self.tokens, new, frozen))
+        if node.target is MAP:
+            values = [part.lookup(i) for i in data_inputs(node)]
+            which, exits = node.args[4], tuple(self.work.exits)
+            return part.graph.call_function(ops.map_tokens, (self.tokens, *values, which, exits))
         if is_write(node):
             return self._write(part, node)
         if node.op == "call_module":

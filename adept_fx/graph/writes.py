@@ -89,4 +89,6 @@ def data_inputs(node: Node) -> list[Node]:
         return mixer_inputs(node)
     if node.target is torch.ops.adept_fx.freeze.default:
         return [i for i in node.args[:2] if isinstance(i, Node)]
+    if node.target is torch.ops.adept_fx.map_state.default:
+        return [i for i in (node.args[0], *node.args[2:4]) if isinstance(i, Node)]
     return node.all_input_nodes

@@ -59,7 +59,7 @@ def lower(stage: Stage, *, freeze: bool) -> fx.GraphModule:
     for node in stage.graph.graph.nodes:
         if node in gone:
             continue
-        if node.target is ops.freeze_tokens and not freeze:
+        if node.target in (ops.freeze_tokens, ops.map_tokens) and not freeze:
             copies[node] = copies[node.args[1]]
             continue
         if node.op == "output":

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from adept_fx.gates.base import GateInputs
 from adept_fx.graph.symbols import TokenAxes
+from adept_fx.ops.map_state import left_at, mapped
 from adept_fx.runtime.gate_inputs import Place, gate_inputs
 from adept_fx.runtime.rows import Rows
 
@@ -98,6 +99,12 @@ class DenseLayout(Layout):
             return new
         return torch.where(self.active.unsqueeze(-1), new, frozen)
 
+    def map_state(
+        self, hidden: Tensor, down: Tensor, up: Tensor, which: int, exits: tuple[int, ...]
+    ) -> Tensor:
+        """States behind the KV maps of the tokens that have left."""
+        return mapped(hidden, left_at(self.place.grid, exits), down, up, which)
+
     def inputs_of_gate(
         self, needs: frozenset[str], hidden: Tensor, features: Sequence[Tensor]
     ) -> GateInputs:
@@ -158,6 +165,12 @@ class PackedLayout(Layout):
     def freeze(self, new: Tensor, frozen: Tensor) -> Tensor:
         """Every token here is live."""
         return new
+
+    def map_state(
+        self, hidden: Tensor, down: Tensor, up: Tensor, which: int, exits: tuple[int, ...]
+    ) -> Tensor:
+        """Every token here is live."""
+        return hidden
 
     def to_rows(self, value: Tensor | None, kind: str, axes: TokenAxes, keys: Tensor) -> object:
         """An input of attention, in rows."""

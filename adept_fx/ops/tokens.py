@@ -45,6 +45,26 @@ def freeze_tokens(tokens: Any, new: Tensor, frozen: Tensor) -> Tensor:
     return result
 
 
+def map_tokens(
+    tokens: Any, hidden: Tensor, down: Tensor, up: Tensor, which: int, exits: tuple[int, ...]
+) -> Tensor:
+    """States as a layer is to see them: behind their KV map, for tokens that have left."""
+    result: Tensor = tokens.map_state(hidden, down, up, which, exits)
+    return result
+
+
+def left_at(tokens: Any, exits: tuple[int, ...]) -> Tensor | None:
+    """At which exit point each token left, ``[B, S, E]``, in the layout before ``tokens``."""
+    result: Tensor | None = tokens.left_at(exits)
+    return result
+
+
+def adapt_exits(tokens: Any, hidden: Tensor) -> Tensor:
+    """Puts the last states of tokens that left early, ``[B, S, D]``, through the exit adapters."""
+    result: Tensor = tokens.run.adapt(hidden)
+    return result
+
+
 def write_cache(
     tokens: Any,
     key: Tensor,

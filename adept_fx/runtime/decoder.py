@@ -13,7 +13,7 @@ from torch.fx.experimental import _config as shape_settings
 from adept_fx.capture import accepts, capture
 from adept_fx.errors import InputError, StaleGraphError
 from adept_fx.intercept.masks import RECURRENT
-from adept_fx.kv.base import build_policy
+from adept_fx.kv import build_policy
 from adept_fx.lower.masks import fills, known_keys, prompt_keys, visible_keys
 from adept_fx.lower.program import compile_options, compile_program
 from adept_fx.lower.stacks import Stacks
@@ -203,8 +203,10 @@ class ExitAwareForward:
             plain_shell(self.decoder), positions=positions, extras=extras, embeds=embeds
         )
         config = self.adept.config
+        exits = config.exit_layers
         needs = tuple(gate.needs for gate in self.adept.gate_list())
-        work = start(captured, config.exit_layers, needs, build_policy(config.kv))
+        policy = build_policy(self.adept.kv_maps, exits[0])
+        work = start(captured, exits, needs, policy, adapters=bool(self.adept.adapters))
         return build(captured, work), seen
 
     def prepare(self) -> Program:

@@ -14,7 +14,7 @@ class Place:
     """Where a gate is in a forward.
 
     Attributes:
-        grid: Any tensor ``[B, S]``.
+        grid: Layers run per token so far as is known, ``[B, S]``.
         exit_index: The exit point.
         num_exits: Number of exit points.
         phase: ``"prefill"`` or ``"decode"``.

@@ -14,6 +14,7 @@ from adept_fx.gates.base import Gate
 from adept_fx.gates.registry import build_gates
 from adept_fx.graph.kv_projections import KVProjection
 from adept_fx.graph.runner import PassRecord
+from adept_fx.low_rank import KVMaps
 from adept_fx.model_facts import hidden_size
 from adept_fx.pipeline import Program
 from adept_fx.runtime.decoder import ExitAwareForward
@@ -34,6 +35,9 @@ class Adept(nn.Module):
 
     Attributes:
         config: The resolved :class:`~adept_fx.ExitConfig`.
+        gates: One per exit point.
+        adapters: The exit adapters, one per exit point; empty if the config has none.
+        kv_maps: The learned KV maps; None if the config has none.
         stats: Counts over all forwards, see :class:`~adept_fx.runtime.stats.Stats`.
         last_depth: ``[B, S]`` int64, layers run per token in the last forward: the number of
             layers if none was skipped, 0 for padding; None before the first forward.
@@ -42,12 +46,20 @@ class Adept(nn.Module):
     """
 
     def __init__(
-        self, config: ExitConfig, gates: Sequence[Gate], *, one_threshold: bool = True
+        self,
+        config: ExitConfig,
+        gates: Sequence[Gate],
+        *,
+        adapters: Sequence[nn.Module] = (),
+        kv_maps: KVMaps | None = None,
+        one_threshold: bool = True,
     ) -> None:
         super().__init__()
         self.config = config
         self._one_threshold = one_threshold  # for both phases
         self.gates = nn.ModuleList(gates)
+        self.adapters = nn.ModuleList(adapters)
+        self.kv_maps = kv_maps
         self.stats = Stats(config.exit_layers)
         self.last_depth: Tensor | None = None
         self.calibration: dict[str, Any] | None = None
@@ -187,11 +199,12 @@ class Adept(nn.Module):
         thresholds = self._prefill_thresholds if tokens > 1 else self._thresholds
         head = self._links[1] if self._links else None
 
-        def logits(hidden: Tensor) -> Tensor:
+        def logits(hidden: Tensor, exit_index: int) -> Tensor:
             if head is None:
                 raise InputError("this handle belongs to no model")
             norm: Any = program.graph.epilogue
-            return head(norm, hidden, program.output_type)
+            state = self.adapters[exit_index](hidden) if self.adapters else hidden
+            return head(norm, state, program.output_type)
 
         return Settings(
             exits=self.config.exit_layers,
@@ -201,6 +214,7 @@ class Adept(nn.Module):
             plan="dense" if self.training and torch.is_grad_enabled() else self._plan,
             num_layers=program.num_layers,
             logits=logits,
+            adapters=tuple(self.adapters),
             compiled=self._forward.compiled,
             costs=self._forward.costs,
         )

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adept_fx.gates.base import Gate, GateInputs
 from adept_fx.graph.symbols import TokenAxes
@@ -34,7 +34,9 @@ class Settings:
         thresholds: One per exit point, for this call's phase.
         plan: ``"auto"``, ``"dense"`` or ``"compact"``.
         num_layers: Layers of the decoder.
-        logits: Maps exit states ``[N, D]`` to logits ``[N, V]``, for gates that ask for them.
+        logits: Maps exit states ``[N, D]`` and the index of their exit point to logits ``[N, V]``,
+            for gates that ask for them.
+        adapters: Exit adapters, one per exit point; empty if there are none.
         compiled: Whether the stages are compiled.
         costs: What a layer costs here; None if that was not measured.
     """
@@ -44,7 +46,8 @@ class Settings:
     thresholds: tuple[float, ...]
     plan: str
     num_layers: int
-    logits: Callable[[Tensor], Tensor]
+    logits: Callable[[Tensor, int], Tensor]
+    adapters: tuple[nn.Module, ...] = ()
     compiled: bool = False
     costs: Costs | None = None
 
@@ -237,8 +240,19 @@ class Run:
             pick(value, _HIDDEN if name == "previous" else _HEADS)
             for name, value in zip(wanted(gate.needs), features, strict=True)
         ]
-        logits = self.settings.logits(states) if "logits" in gate.needs else None
+        logits = self.settings.logits(states, exit_index) if "logits" in gate.needs else None
         return gate_inputs(self.place(exit_index), gate.needs, index, states, found, logits)
+
+    def adapt(self, hidden: Tensor) -> Tensor:
+        """Puts states of tokens that left, among all ``[B, S, D]``, through their exit adapters."""
+        for index, adapter in enumerate(self.settings.adapters):
+            if not self.exited[index]:
+                continue
+            left = self.depth == self.settings.exits[index]
+            if self.exited[index] == left.numel():
+                return adapter(hidden)  # type: ignore[no-any-return]
+            hidden = torch.where(left.unsqueeze(-1), adapter(hidden), hidden)
+        return hidden
 
     def place(self, exit_index: int) -> Place:
         """Where the gate of an exit point is."""

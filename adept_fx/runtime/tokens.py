@@ -9,6 +9,7 @@ from torch import Tensor
 
 from adept_fx.graph.blocks import SynthesizedKV
 from adept_fx.graph.symbols import TokenAxes
+from adept_fx.ops.map_state import left_at, mapped
 from adept_fx.runtime.rows import Rows, take
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Tokens:
         self.select = select
         self.departed = departed
         self.departed_select = departed_select
+        self._index_before = None if before is None else before.index
         # S if the layout before was the call's own
         self._tokens_before = run.tokens if before is None or before.index is None else None
 
@@ -128,6 +130,24 @@ class Tokens:
         if self.active is None:
             return new
         return torch.where(self.active.unsqueeze(-1), new, frozen)
+
+    def map_state(
+        self, hidden: Tensor, down: Tensor, up: Tensor, which: int, exits: tuple[int, ...]
+    ) -> Tensor:
+        """States behind the KV maps of the tokens that have left, in the dense layout."""
+        if self.active is None:
+            return hidden
+        return mapped(hidden, left_at(self.run.depth, exits), down, up, which)
+
+    def left_at(self, exits: tuple[int, ...]) -> Tensor | None:
+        """At which exit point each token of the layout before left, ``[B, S, E]``.
+
+        None if no token is to be synthesized here.
+        """
+        if self.departed is None:
+            return None
+        depth, index = self.run.depth, self._index_before
+        return left_at(depth if index is None else depth.flatten()[index].unsqueeze(0), exits)
 
     def write(
         self,

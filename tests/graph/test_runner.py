@@ -16,7 +16,7 @@ from adept_fx.capture import Capture, capture
 from adept_fx.errors import PassError, UnsupportedModelError
 from adept_fx.graph.base import Pass, PassResult, Stage, Work
 from adept_fx.graph.runner import DEBUG_VARIABLE, run_passes
-from adept_fx.kv.base import build_policy
+from adept_fx.kv import KVPolicy
 from adept_fx.passes.compact_tokens import CompactTokens
 from adept_fx.passes.find_layers import FindLayers
 from adept_fx.passes.fold_attention import FoldAttention
@@ -33,7 +33,7 @@ def captured() -> Capture:
 
 
 def fresh() -> Work:
-    work = start(captured(), (1,), (frozenset(),), build_policy("synthesize"))
+    work = start(captured(), (1,), (frozenset(),), KVPolicy())
     return replace(work, graph=deepcopy(work.graph))
 
 

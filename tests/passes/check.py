@@ -22,7 +22,7 @@ from adept_fx.graph import meta
 from adept_fx.graph.base import Pass, PassResult, Stage, Work
 from adept_fx.graph.runner import PassRecord, propagate, run_passes
 from adept_fx.graph.symbols import expression
-from adept_fx.kv.base import build_policy
+from adept_fx.kv import KVPolicy
 from adept_fx.pipeline import PIPELINE, start
 from models import tiny
 
@@ -51,7 +51,7 @@ def captured(kind: str, layers: int) -> Capture:
 def started(source: Capture, exits: tuple[int, ...], needs: tuple[str, ...] = ()) -> Work:
     """A copy of a capture, ready for the first pass; each gate asks for `needs`."""
     asked = tuple(frozenset(needs) for _ in exits)
-    return duplicate(start(source, exits, asked, build_policy("synthesize")))
+    return duplicate(start(source, exits, asked, KVPolicy()))
 
 
 def duplicate(work: Work) -> Work:
