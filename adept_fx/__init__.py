@@ -15,14 +15,18 @@ if TYPE_CHECKING:
     from adept_fx.report.explain import explain
     from adept_fx.rewrite import restore, transform
     from adept_fx.scanning.measure import scan
+    from adept_fx.training.config import FitConfig
+    from adept_fx.training.fit import fit
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdeptError",
     "ExitConfig",
+    "FitConfig",
     "__version__",
     "explain",
+    "fit",
     "gates",
     "restore",
     "scan",
@@ -32,7 +36,9 @@ __all__ = [
 _HOME = {
     "AdeptError": "adept_fx.errors",
     "ExitConfig": "adept_fx.config",
+    "FitConfig": "adept_fx.training.config",
     "explain": "adept_fx.report.explain",
+    "fit": "adept_fx.training.fit",
     "restore": "adept_fx.rewrite",
     "scan": "adept_fx.scanning.measure",
     "transform": "adept_fx.rewrite",

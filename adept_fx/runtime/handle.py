@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,6 +94,21 @@ class Adept(nn.Module):
     def graph(self) -> fx.GraphModule:
         """The exit-aware graph; ``print(ee.adept.graph.code)`` shows the pipeline."""
         return self._program().graph
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers of the model."""
+        return self._program().num_layers
+
+    @property
+    def container(self) -> str:
+        """Where the decoder keeps its layers, ``"layers"`` for example; empty if nowhere alone."""
+        return self._program().container
+
+    @property
+    def compiled(self) -> bool:
+        """Whether :meth:`compile` was called."""
+        return self._forward.compiled
 
     @property
     def records(self) -> tuple[PassRecord, ...]:
@@ -197,15 +213,6 @@ class Adept(nn.Module):
     def settings(self, program: Program, tokens: int) -> Settings:
         """What a call with ``tokens`` new tokens per row runs with."""
         thresholds = self._prefill_thresholds if tokens > 1 else self._thresholds
-        head = self._links[1] if self._links else None
-
-        def logits(hidden: Tensor, exit_index: int) -> Tensor:
-            if head is None:
-                raise InputError("this handle belongs to no model")
-            norm: Any = program.graph.epilogue
-            state = self.adapters[exit_index](hidden) if self.adapters else hidden
-            return head(norm, state, program.output_type)
-
         return Settings(
             exits=self.config.exit_layers,
             gates=() if self._disabled else tuple(self.gate_list()),
@@ -213,11 +220,59 @@ class Adept(nn.Module):
             # Gradients flow through the masked-dense plan.
             plan="dense" if self.training and torch.is_grad_enabled() else self._plan,
             num_layers=program.num_layers,
-            logits=logits,
+            logits=partial(self.early_logits, program=program),
             adapters=tuple(self.adapters),
             compiled=self._forward.compiled,
             costs=self._forward.costs,
         )
+
+    def early_logits(
+        self, hidden: Tensor, exit_index: int, program: Program | None = None
+    ) -> Tensor:
+        """What tokens would emit if they left: exit adapter, final norm and head.
+
+        Args:
+            hidden: Their states at the exit point, ``[N, D]``.
+            exit_index: Which exit point that is, counted from 0.
+            program: The program whose final norm is meant; the one used last by default.
+
+        Returns:
+            ``[N, V]``.
+        """
+        program = program or self._program()
+        norm: Any = program.graph.epilogue
+        state = self.adapters[exit_index](hidden) if self.adapters else hidden
+        return self._head(norm, state, program.output_type)
+
+    def final_logits(self, states: Tensor) -> Tensor:
+        """What the head makes of the decoder's output: ``[N, D]`` to ``[N, V]``."""
+        return self._head(_unchanged, states, self._program().output_type)
+
+    @property
+    def _head(self) -> Head:
+        if self._links is None:
+            raise InputError("this handle belongs to no model")
+        return self._links[1]
+
+    @property
+    def pools(self) -> bool:
+        """Whether the model's head gives one result per row: it is a sequence classifier."""
+        return self._forward.pooling is not None
+
+    def pooled_tokens(self, **arguments: Tensor) -> Tensor:
+        """Which tokens such a result is made of, ``[B, S]`` bool.
+
+        Args:
+            arguments: Of a call of the model, ``input_ids [B, S]`` among them.
+
+        Raises:
+            InputError: The head gives no result per row, or cannot be followed.
+        """
+        pooling = self._forward.pooling
+        found = pooling.tokens_of(arguments) if pooling is not None else None
+        if found is None:
+            raise InputError("the model's head gives no result per row for these arguments")
+        return found
 
     def record(self, run: Run) -> None:
         """Keeps the statistics of a finished forward."""
@@ -264,6 +319,10 @@ class Adept(nn.Module):
             thresholds += f"; in prefill {short(self._prefill_thresholds)}"
         off = ", exits off for now" if self._disabled else ""
         return [("thresholds", thresholds), ("plan", f"{self._plan}, kv {self.config.kv}{off}")]
+
+
+def _unchanged(states: Tensor) -> Tensor:
+    return states
 
 
 def _fill_missing(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

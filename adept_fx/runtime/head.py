@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,7 +56,9 @@ class Head:
                 hint="transform the model with its head, or use a gate on the hidden state",
             )
 
-    def __call__(self, norm: nn.Module, hidden: Tensor, output_type: type) -> Tensor:
+    def __call__(
+        self, norm: Callable[[Tensor], Tensor], hidden: Tensor, output_type: type
+    ) -> Tensor:
         """Logits ``[N, V]`` that tokens with states ``hidden [N, D]`` would emit.
 
         Args:

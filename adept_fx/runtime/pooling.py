@@ -93,6 +93,14 @@ class Pooling:
         pooled: Tensor | None = self._trace(arguments, embeds)
         return pooled
 
+    def tokens_of(self, arguments: dict[str, Any]) -> Tensor | None:
+        """The same for a call with these arguments, ``input_ids [B, S]`` among them."""
+        ids: Tensor = arguments["input_ids"]
+        weight: Tensor = self.decoder.get_input_embeddings().weight  # type: ignore[operator]
+        embeds = weight.new_empty(*ids.shape, weight.shape[-1])
+        found: Tensor | None = self._trace(arguments, embeds)
+        return found
+
     @torch.compiler.disable
     def _trace(self, arguments: dict[str, Any], embeds: Tensor) -> Tensor | None:
         arguments = {k: v for k, v in arguments.items() if k not in _AFTERWARDS}

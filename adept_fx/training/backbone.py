@@ -1,0 +1,162 @@
+"""Trains the model itself to be left early: the recipe of LayerSkip, through LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adept_fx.errors import ConfigError
+from adept_fx.training.config import FitConfig
+
+
+class Backbone(nn.Module):
+    """A model with LoRA in its linear layers; its forward is the loss of last layer and exits.
+
+    Layer dropout leaves a layer out for some of the texts, the last one most often
+    (``p_l = p (e^(l ln 2 / (L - 1)) - 1)``). The early exit loss is that of one exit point per
+    step, in turn, through the model's own norm and head (Elhoushi et al. 2024, arXiv:2404.16710).
+
+    Args:
+        model: The plain model.
+        ee: The rewritten one, whose exit points and head are meant.
+        config: How to train.
+    """
+
+    def __init__(self, model: nn.Module, ee: Any, config: FitConfig) -> None:
+        super().__init__()
+        self.model = model
+        self._ee = (ee,)
+        self._config = config
+        self._layers = (layers_of(ee),)
+        self._generator = torch.Generator().manual_seed(config.seed)
+        self._steps = 0
+        self.log: dict[str, list[float]] = {}
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, **others: Any
+    ) -> dict[str, Tensor]:
+        """The loss on texts padded on the right, ``[B, S]``."""
+        exits = self._ee[0].adept.config.exit_layers
+        at = self._steps % len(exits)
+        self._steps += 1
+        with self._hooks(exits[at], len(input_ids)) as states:
+            output = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        targets = self._targets(input_ids, attention_mask, others.get("labels"))
+        last = _loss(output.logits, targets)
+        early = _loss(self._early(states[0], output.logits, input_ids, attention_mask, at), targets)
+        for name, value in (("last_loss", last), (f"early_loss_{exits[at]}", early)):
+            self.log.setdefault(name, []).append(float(value))
+        return {"loss": last + self._config.early_exit_weight * early}
+
+    def _early(
+        self, hidden: Tensor, logits: Tensor, ids: Tensor, mask: Tensor, exit_index: int
+    ) -> Tensor:
+        adept = self._ee[0].adept
+        if not adept.pools:
+            return adept.early_logits(hidden.flatten(0, 1), exit_index).view_as(logits)  # type: ignore[no-any-return]
+        pooled = adept.pooled_tokens(input_ids=ids, attention_mask=mask)
+        return adept.early_logits(hidden[pooled], exit_index)  # type: ignore[no-any-return]
+
+    def _targets(self, ids: Tensor, mask: Tensor, labels: Tensor | None) -> Tensor:
+        if labels is not None:
+            return labels
+        following = ids.roll(-1, 1).masked_fill(mask.roll(-1, 1) == 0, -100)
+        following[:, -1] = -100
+        return following
+
+    @contextmanager
+    def _hooks(self, exit_layer: int, rows: int) -> Iterator[list[Tensor]]:
+        """Drops layers, and keeps the state behind the first ``exit_layer`` of them."""
+        layers = self._layers[0]
+        states: list[Tensor] = []
+        handles = []
+        for number, layer in enumerate(layers, start=1):
+            chance = self._config.layer_dropout * dropout_share(number - 1, len(layers))
+            left_out = torch.rand(rows, generator=self._generator) < chance
+            kept = states if number == exit_layer else None
+            handles.append(layer.register_forward_hook(_hook(left_out, kept), with_kwargs=True))
+        try:
+            yield states
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def take_log(self) -> dict[str, float]:
+        """Means of what was logged since the last time."""
+        means = {name: sum(values) / len(values) for name, values in self.log.items()}
+        self.log = {}
+        return means
+
+
+def dropout_share(layer: int, layers: int) -> float:
+    """Share of the largest chance at a layer: 0 at the first, 1 at the last."""
+    return float(2.0 ** (layer / max(layers - 1, 1)) - 1.0)
+
+
+def _hook(left_out: Tensor, kept: list[Tensor] | None) -> Any:
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        before = args[0] if args else kwargs["hidden_states"]
+        after = output[0] if isinstance(output, tuple) else output
+        chosen = left_out.to(after.device)[:, None, None]
+        after = torch.where(chosen, before, after) if left_out.any() else after
+        if kept is not None:
+            kept.append(after)
+        return (after, *output[1:]) if isinstance(output, tuple) else after
+
+    return hook
+
+
+def _loss(logits: Tensor, targets: Tensor) -> Tensor:
+    if logits.ndim == 3:
+        logits, targets = logits.flatten(0, 1), targets.flatten()
+    return F.cross_entropy(logits.float(), targets)
+
+
+def layers_of(ee: Any) -> Sequence[nn.Module]:
+    """The modules that are the model's layers, in order.
+
+    Raises:
+        ConfigError: They are not the members of one list.
+    """
+    container = ee.adept.container
+    found = ee.adept.decoder.get_submodule(container) if container else None
+    if not isinstance(found, nn.ModuleList) or len(found) != ee.adept.num_layers:
+        raise ConfigError(
+            f"the layers of {type(ee).__name__} are not the members of one list: none can be left "
+            "out by a hook",
+            hint="leave backbone=None: gates, adapters and KV maps need no such list",
+        )
+    return list(found)
+
+
+@contextmanager
+def lora(model: Any, config: FitConfig) -> Iterator[nn.Module]:
+    """The model with LoRA in the linear layers of its decoder, which is merged at the end.
+
+    Raises:
+        ConfigError: PEFT is not installed.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        hint = "pip install 'adept-fx[train]'"
+        raise ConfigError('backbone="lora" needs peft', hint=hint) from error
+    settings = LoraConfig(
+        r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear"
+    )
+    wrapped = get_peft_model(model, settings)
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    dtype = trained[0].dtype
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+    try:
+        yield wrapped
+    finally:
+        for parameter in trained:
+            parameter.data = parameter.data.to(dtype)
+        wrapped.merge_and_unload()
