@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from adept_fx.report.explain import explain
     from adept_fx.rewrite import restore, transform
     from adept_fx.scanning.measure import scan
+    from adept_fx.sharing.hub import push_to_hub
+    from adept_fx.sharing.reading import load
+    from adept_fx.sharing.writing import save
 
 __version__ = "0.1.0"
 
@@ -24,7 +27,10 @@ __all__ = [
     "__version__",
     "explain",
     "gates",
+    "load",
+    "push_to_hub",
     "restore",
+    "save",
     "scan",
     "transform",
 ]
@@ -33,7 +39,10 @@ _HOME = {
     "AdeptError": "adept_fx.errors",
     "ExitConfig": "adept_fx.config",
     "explain": "adept_fx.report.explain",
+    "load": "adept_fx.sharing.reading",
+    "push_to_hub": "adept_fx.sharing.hub",
     "restore": "adept_fx.rewrite",
+    "save": "adept_fx.sharing.writing",
     "scan": "adept_fx.scanning.measure",
     "transform": "adept_fx.rewrite",
 }
