@@ -5,9 +5,9 @@ loading in another dtype rounds them, values may be compared in a less precise d
 the values of one of the two exactly: a bf16 copy of fp32 weights is the same base, in either
 direction, and a finetune in the same dtype is not.
 
-Parameters are found by name. PEFT's ``base_layer`` is left out of names, adapters that a model has
-on top are not looked at, and quantized parameters (tensor subclasses, and dtypes that are no plain
-floating-point numbers) are skipped.
+Parameters are found by name, without PEFT's ``base_layer``. Exits that were made over adapters need
+them; adapters that a model has beyond that are not looked at. Quantized parameters (tensor
+subclasses, and dtypes that are no plain floating-point numbers) are skipped.
 """
 
 from dataclasses import asdict, dataclass

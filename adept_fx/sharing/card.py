@@ -80,7 +80,7 @@ def _loading(base: Base, with_base: bool, place: str) -> str:
             "",
             f"model = {kind}.from_pretrained({json.dumps(source)})",
             f"ee = adept_fx.load(model, {json.dumps(place)})",
-            "ee.generate(**inputs)",
+            "ee.generate(**inputs)" if "CausalLM" in kind else "ee(**inputs)",
             "```",
         ]
     )

@@ -57,7 +57,7 @@ def save(ee: Any, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         ConfigError: A gate is of your own class, a parameter is no plain finite tensor, or the
-            folder cannot be written. Nothing was written then, but for a full disk.
+            folder cannot be written. What was there before is as it was then.
         UnsupportedModelError: ``ee`` was not transformed.
     """
     files_of(ee).write(folder)

@@ -124,6 +124,8 @@ def test_adapters_on_top_are_not_looked_at(saved: Path) -> None:
     assert any("base_layer" in name for name, _ in model.named_parameters())
     ee = adept_fx.load(model, saved)
     assert torch.equal(said(ee)[0], said(made()[1])[0])  # new adapters change nothing
+    assert "it has no parameter" in _difference(model, twin())  # exits made over adapters
+    assert _difference(model, model) == ""
     merged = peft.get_peft_model(twin(), config)
     with torch.no_grad():
         for name, parameter in merged.named_parameters():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,13 @@ from adept_fx.errors import CheckpointError, ConfigError
 from adept_fx.gates import Replay
 from shared_exits import CARD, CONFIG, TENSORS, made, said
 
+REAL = huggingface_hub.HfApi
+
+
+def real(name: str, *args: Any, **options: Any) -> None:
+    """Raises if the real method does not take these arguments."""
+    inspect.signature(getattr(REAL, name)).bind(None, *args, **options)
+
 
 class FakeApi:
     """Keeps a repository in a folder, and notes what it was asked."""
@@ -28,19 +36,24 @@ class FakeApi:
         self.asked.append(("token", {"token": token}))
 
     def create_repo(self, repo_id: str, **options: Any) -> Any:
+        real("create_repo", repo_id, **options)
         self.asked.append(("create_repo", {"repo_id": repo_id, **options}))
         return SimpleNamespace(repo_id=repo_id if "/" in repo_id else f"me/{repo_id}")
 
     def create_branch(self, repo_id: str, **options: Any) -> None:
+        real("create_branch", repo_id, **options)
         self.asked.append(("create_branch", {"repo_id": repo_id, **options}))
 
     def file_exists(self, repo_id: str, filename: str, *, revision: Any = None) -> bool:
+        real("file_exists", repo_id, filename, revision=revision)
         return (self.root / repo_id / filename).is_file()
 
     def hf_hub_download(self, repo_id: str, filename: str, *, revision: Any = None) -> str:
+        real("hf_hub_download", repo_id, filename, revision=revision)
         return str(self.root / repo_id / filename)
 
     def upload_folder(self, *, repo_id: str, folder_path: str, **options: Any) -> Any:
+        real("upload_folder", repo_id=repo_id, folder_path=folder_path, **options)
         allowed = options.get("allow_patterns")
         sent = [f for f in Path(folder_path).iterdir() if allowed is None or f.name in allowed]
         (self.root / repo_id).mkdir(parents=True, exist_ok=True)
@@ -59,6 +72,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeApi:
     monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi)
 
     def snapshot_download(repo_id: str, **options: Any) -> str:
+        real("snapshot_download", repo_id, **options)
         FakeApi.asked.append(("download", {"repo_id": repo_id, **options}))
         if not (FakeApi.root / repo_id).is_dir():
             raise FileNotFoundError("no such repository\nsecond line")
