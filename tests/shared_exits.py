@@ -9,19 +9,30 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from safetensors.torch import load as parse
 from safetensors.torch import save as serialize
 from torch import Tensor
 
 import adept_fx
 from adept_fx import ExitConfig
+from adept_fx.errors import CheckpointError
 from adept_fx.gates.registry import build_gates
 from models import tiny
 
 LAYERS, EXITS = 3, (1, 2)
 IDS = torch.arange(1, 15).view(2, 7)
 CONFIG, TENSORS, CARD = "exit_config.json", "exits.safetensors", "README.md"
+
+
+quick = settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 
 
 def trained(ee: Any, seed: int = 5) -> Any:
@@ -60,9 +71,10 @@ def fresh(gate: Any = "linear", model: Any = None) -> tuple[Any, Any]:
 
 @torch.no_grad()
 def said(ee: Any) -> tuple[Tensor, Tensor]:
-    """Logits, and where tokens left."""
+    """Logits, and where tokens left; in the form of call that `transform` captures."""
     ee.adept.plan = "dense"
-    return ee(IDS).logits, ee.adept.last_depth
+    places = torch.arange(IDS.shape[1]).expand_as(IDS)
+    return ee(IDS, position_ids=places).logits, ee.adept.last_depth
 
 
 def rewrite_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -79,3 +91,15 @@ def rewrite_tensors(folder: Path, data: bytes | Callable[[dict[str, Tensor]], An
     (folder / TENSORS).write_bytes(data)
     digest = hashlib.sha256(data).hexdigest()
     rewrite_config(folder, lambda values: values.update(sha256=digest))
+
+
+def refused(folder: Path, word: str) -> None:
+    """`load` raises, and leaves the model alone."""
+    model = made()[0]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    attributes = set(vars(model))
+    with pytest.raises(CheckpointError, match=word):
+        adept_fx.load(model, folder)
+    assert set(vars(model)) == attributes
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name

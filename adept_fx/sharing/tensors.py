@@ -106,7 +106,7 @@ def check_names(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> 
             f"the exits' tensors do not fit their config: missing {missing[:4]}, "
             f"unknown {[name[:80] for name in unknown[:4]]}"
         )
-    for name, own in wanted.items():
+    for name, own in sorted(wanted.items(), key=lambda item: item[0]):
         tensor = tensors[name]
         if tensor.shape != own.shape:
             raise CheckpointError(

@@ -99,9 +99,7 @@ def test_a_classifier_comes_back(tmp_path: Path) -> None:
     model = classifier("llama")
     ee = trained(adept_fx.transform(model, ExitConfig((1, 3), "linear", threshold=0.5)))
     adept_fx.save(ee, tmp_path)
-    ids = torch.arange(1, 15).view(2, 7)
-    with torch.no_grad():
-        assert torch.equal(adept_fx.load(model, str(tmp_path))(ids).logits, ee(ids).logits)
+    assert torch.equal(said(adept_fx.load(model, str(tmp_path)))[0], said(ee)[0])
 
 
 def test_only_the_three_files_are_written_and_nothing_is_pickled(tmp_path: Path) -> None:
