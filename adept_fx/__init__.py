@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from adept_fx.report.explain import explain
     from adept_fx.rewrite import restore, transform
     from adept_fx.scanning.measure import scan
+    from adept_fx.sharing.hub import push_to_hub
+    from adept_fx.sharing.reading import load
+    from adept_fx.sharing.writing import save
     from adept_fx.training.config import FitConfig
     from adept_fx.training.fit import fit
 
@@ -28,7 +31,10 @@ __all__ = [
     "explain",
     "fit",
     "gates",
+    "load",
+    "push_to_hub",
     "restore",
+    "save",
     "scan",
     "transform",
 ]
@@ -39,7 +45,10 @@ _HOME = {
     "FitConfig": "adept_fx.training.config",
     "explain": "adept_fx.report.explain",
     "fit": "adept_fx.training.fit",
+    "load": "adept_fx.sharing.reading",
+    "push_to_hub": "adept_fx.sharing.hub",
     "restore": "adept_fx.rewrite",
+    "save": "adept_fx.sharing.writing",
     "scan": "adept_fx.scanning.measure",
     "transform": "adept_fx.rewrite",
 }

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 __all__ = [
     "AdeptError",
     "CaptureError",
+    "CheckpointError",
     "ConfigError",
     "GateError",
     "InputError",
@@ -71,6 +72,10 @@ class UnsupportedModelError(AdeptError, ValueError):
 
 class CaptureError(AdeptError):
     """`torch.export` could not capture the decoder."""
+
+
+class CheckpointError(AdeptError, ValueError):
+    """Saved exits cannot be read, or were made for another base."""
 
 
 class PassError(AdeptError):

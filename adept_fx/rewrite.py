@@ -1,5 +1,6 @@
 """``transform`` and ``restore``."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from adept_fx.kv.base import maps_needed
 from adept_fx.low_rank import ExitAdapter, KVMaps
 from adept_fx.model_facts import hidden_size, layer_count
 from adept_fx.runtime.decoder import ExitAwareForward
-from adept_fx.runtime.handle import Adept
+from adept_fx.runtime.handle import Adept, handle
 from adept_fx.runtime.head import Head
 from adept_fx.runtime.pooling import Pooling
+from adept_fx.sharing.pretrained import save_pretrained
 from adept_fx.shell import path_to, rebuild, shell
 
 
@@ -80,6 +82,8 @@ def transform(model: nn.Module, config: ExitConfig | None = None) -> Any:
     transformed.add_module("adept", adept)
     if hasattr(transformed, "init_continuous_batching"):
         transformed.__dict__["init_continuous_batching"] = _refuse_continuous_batching
+    # A partial: copy.deepcopy binds it to the copy.
+    transformed.__dict__["save_pretrained"] = partial(save_pretrained, transformed)
     return transformed
 
 
@@ -135,11 +139,17 @@ def restore(ee: nn.Module) -> Any:
     Raises:
         UnsupportedModelError: ``ee`` was not transformed.
     """
-    adept = getattr(ee, "adept", None)
-    if not isinstance(adept, Adept):
-        raise UnsupportedModelError("this model was not made by adept_fx.transform")
-    adept.uncompile()
-    decoder = adept.decoder
+    handle(ee).uncompile()
+    return original(ee)
+
+
+def original(ee: nn.Module) -> Any:
+    """The original model beside a rewritten one, which stays as it is.
+
+    Raises:
+        UnsupportedModelError: ``ee`` was not transformed.
+    """
+    decoder = handle(ee).decoder
     path = path_to(ee, decoder)
     memo: dict[int, Any] = {}
     return rebuild(ee, path or [], shell(decoder, memo), memo)

@@ -11,7 +11,14 @@ from typing import Any
 
 from torch import nn
 
-_BOUND = ("_compiled_call_impl", "_compiled_call", "forward", "adept", "init_continuous_batching")
+_BOUND = (
+    "_compiled_call_impl",
+    "_compiled_call",
+    "forward",
+    "adept",
+    "init_continuous_batching",
+    "save_pretrained",
+)
 _TABLES = ("_parameters", "_buffers", "_modules")
 
 

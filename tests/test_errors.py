@@ -45,7 +45,7 @@ def test_all_can_be_caught_as_adept_error(kind: type[AdeptError]) -> None:
 
 def test_what_the_caller_passed_is_a_value_error() -> None:
     names = {kind.__name__ for kind in CLASSES if issubclass(kind, ValueError)}
-    assert names == {"ConfigError", "UnsupportedModelError", "InputError"}
+    assert names == {"CheckpointError", "ConfigError", "UnsupportedModelError", "InputError"}
 
 
 def test_the_hint_is_keyword_only() -> None:

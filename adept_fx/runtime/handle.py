@@ -325,6 +325,18 @@ def _unchanged(states: Tensor) -> Tensor:
     return states
 
 
+def handle(ee: nn.Module) -> Adept:
+    """The handle of a transformed model.
+
+    Raises:
+        UnsupportedModelError: ``ee`` was not transformed.
+    """
+    adept = getattr(ee, "adept", None)
+    if not isinstance(adept, Adept):
+        raise UnsupportedModelError("this model was not made by adept_fx.transform")
+    return adept
+
+
 def _fill_missing(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Lets a state dict without any ``adept.`` key load: the exits keep what they have."""
     if not any(key.startswith(prefix) for key in state):

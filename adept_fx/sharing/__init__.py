@@ -1,0 +1,1 @@
+"""Exits as files: saved beside their base or without it, loaded again, and on the Hub."""
