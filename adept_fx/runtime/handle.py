@@ -21,6 +21,7 @@ from adept_fx.runtime.head import Head
 from adept_fx.runtime.plan import PLANS
 from adept_fx.runtime.run import Run, Settings
 from adept_fx.runtime.stats import Stats
+from adept_fx.runtime.watch import Observer
 
 if TYPE_CHECKING:
     from adept_fx.report.explanation import Explanation
@@ -39,6 +40,8 @@ class Adept(nn.Module):
             layers if none was skipped, 0 for padding; None before the first forward.
         calibration: What :func:`adept_fx.calibrate` found, as JSON types: per phase, the promise
             that the thresholds keep. None if it has not been called.
+        online: What moves the thresholds while the model runs, see
+            :class:`~adept_fx.calibration.online.BetaMixture`; None switches it off.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Adept(nn.Module):
         self.stats = Stats(config.exit_layers)
         self.last_depth: Tensor | None = None
         self.calibration: dict[str, Any] | None = None
+        self.online: Observer | None = None
         self._thresholds = config.thresholds
         self._prefill_thresholds = config.prefill_thresholds
         self._plan = "auto"
@@ -142,6 +146,11 @@ class Adept(nn.Module):
         finally:
             self._disabled -= 1
 
+    @property
+    def exits_are_off(self) -> bool:
+        """Whether we are inside of :meth:`disabled`."""
+        return self._disabled > 0
+
     def compile(self, mode: str | None = None, **options: Any) -> None:
         """Compiles the graph in place: ``generate()`` and every other call use it.
 
@@ -193,7 +202,7 @@ class Adept(nn.Module):
             norm: Any = program.graph.epilogue
             return head(norm, hidden, program.output_type)
 
-        return Settings(
+        settings = Settings(
             exits=self.config.exit_layers,
             gates=() if self._disabled else tuple(self.gate_list()),
             thresholds=thresholds,
@@ -204,13 +213,24 @@ class Adept(nn.Module):
             compiled=self._forward.compiled,
             costs=self._forward.costs,
         )
+        if self.online is None or self._disabled or self.training:
+            return settings
+        return self.online.enter(settings, tokens)
 
-    def record(self, run: Run) -> None:
-        """Keeps the statistics of a finished forward."""
+    def final_logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``[N, V]`` of final states ``[N, D]``, behind the last norm."""
+        if self._links is None:
+            raise InputError("this handle belongs to no model")
+        return self._links[1](nn.Identity(), hidden, self._program().output_type)
+
+    def record(self, run: Run, hidden: Tensor) -> None:
+        """Keeps the statistics of a finished forward with final states ``hidden [B, S, D]``."""
         total = run.real_count * run.settings.num_layers
         needed = int(run.depth.sum())
         self.stats.add(run.phase, run.seen, run.exited, run.executed, needed, total)
         self.last_depth = run.depth
+        if self.online is not None:
+            self.online.leave(self, run, hidden)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The handle is no layer.
