@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adept_fx import gates
+    from adept_fx.calibration.calibrate import calibrate
     from adept_fx.config import ExitConfig
     from adept_fx.errors import AdeptError
     from adept_fx.report.explain import explain
@@ -22,6 +23,7 @@ __all__ = [
     "AdeptError",
     "ExitConfig",
     "__version__",
+    "calibrate",
     "explain",
     "gates",
     "restore",
@@ -32,6 +34,7 @@ __all__ = [
 _HOME = {
     "AdeptError": "adept_fx.errors",
     "ExitConfig": "adept_fx.config",
+    "calibrate": "adept_fx.calibration.calibrate",
     "explain": "adept_fx.report.explain",
     "restore": "adept_fx.rewrite",
     "scan": "adept_fx.scanning.measure",
