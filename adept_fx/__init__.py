@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adept_fx import gates
+    from adept_fx.calibration.calibrate import calibrate
     from adept_fx.config import ExitConfig
     from adept_fx.errors import AdeptError
     from adept_fx.report.explain import explain
@@ -28,6 +29,7 @@ __all__ = [
     "ExitConfig",
     "FitConfig",
     "__version__",
+    "calibrate",
     "explain",
     "fit",
     "gates",
@@ -43,6 +45,7 @@ _HOME = {
     "AdeptError": "adept_fx.errors",
     "ExitConfig": "adept_fx.config",
     "FitConfig": "adept_fx.training.config",
+    "calibrate": "adept_fx.calibration.calibrate",
     "explain": "adept_fx.report.explain",
     "fit": "adept_fx.training.fit",
     "load": "adept_fx.sharing.reading",
