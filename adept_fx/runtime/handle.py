@@ -17,6 +17,8 @@ from adept_fx.graph.runner import PassRecord
 from adept_fx.model_facts import hidden_size
 from adept_fx.pipeline import Program
 from adept_fx.runtime.decoder import ExitAwareForward
+from adept_fx.runtime.equip import asks_program, equip
+from adept_fx.runtime.gate_inputs import wanted
 from adept_fx.runtime.head import Head
 from adept_fx.runtime.plan import PLANS
 from adept_fx.runtime.run import Run, Settings
@@ -68,6 +70,12 @@ class Adept(nn.Module):
         if self._links is None:
             raise InputError("this handle belongs to no model")
         return self._links[0]
+
+    @property
+    def _head(self) -> Head:
+        if self._links is None:
+            raise InputError("this handle belongs to no model")
+        return self._links[1]
 
     @property
     def decoder(self) -> nn.Module:
@@ -166,16 +174,31 @@ class Adept(nn.Module):
         """Replaces the gates: one for all exits, or one per exit.
 
         Gates that ask for more of the graph (``Gate.needs``) make the next call capture again.
+
+        Raises:
+            ConfigError: They do not fit the model.
+            UnsupportedModelError: The model cannot give a gate what it asks for.
         """
         count = len(self.config.exit_layers)
         chosen = [gates] * count if isinstance(gates, Gate) else list(gates)
         if len(chosen) != count or not all(isinstance(gate, Gate) for gate in chosen):
             raise ConfigError(f"{count} gates are needed, one per exit point")
-        wanted = replace(self.config, gate=tuple(chosen))
-        build_gates(wanted, hidden_size(self.decoder))  # raises if one does not fit
-        before = [gate.needs - {"logits"} for gate in self.gate_list()]
-        self.gates = nn.ModuleList(chosen)
-        if before != [gate.needs - {"logits"} for gate in chosen]:
+        config = replace(self.config, gate=tuple(chosen))
+        build_gates(config, hidden_size(self.decoder))  # raises if one does not fit
+        before = self.gate_list()
+        self._put(chosen)
+        if any(asks_program(gate) for gate in chosen):
+            try:
+                equip(chosen, self._program(), self._head)
+            except BaseException:
+                self._put(before)
+                raise
+
+    def _put(self, gates: Sequence[Gate]) -> None:
+        """Puts gates in place of those that are there."""
+        before = [wanted(gate.needs) for gate in self.gate_list()]
+        self.gates = nn.ModuleList(gates)
+        if before != [wanted(gate.needs) for gate in gates]:
             self._forward.forget()
 
     def gate_list(self) -> list[Gate]:
@@ -185,13 +208,14 @@ class Adept(nn.Module):
     def settings(self, program: Program, tokens: int) -> Settings:
         """What a call with ``tokens`` new tokens per row runs with."""
         thresholds = self._prefill_thresholds if tokens > 1 else self._thresholds
-        head = self._links[1] if self._links else None
 
         def logits(hidden: Tensor) -> Tensor:
-            if head is None:
-                raise InputError("this handle belongs to no model")
             norm: Any = program.graph.epilogue
-            return head(norm, hidden, program.output_type)
+            return self._head(norm, hidden, program.output_type)
+
+        def draft(hidden: Tensor, chosen: Tensor) -> Tensor:
+            norm: Any = program.graph.epilogue
+            return self._head.rows(norm, hidden, program.output_type, chosen)
 
         return Settings(
             exits=self.config.exit_layers,
@@ -201,6 +225,7 @@ class Adept(nn.Module):
             plan="dense" if self.training and torch.is_grad_enabled() else self._plan,
             num_layers=program.num_layers,
             logits=logits,
+            draft=draft,
             compiled=self._forward.compiled,
             costs=self._forward.costs,
         )
