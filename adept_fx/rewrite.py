@@ -14,6 +14,7 @@ from adept_fx.kv.base import maps_needed
 from adept_fx.low_rank import ExitAdapter, KVMaps
 from adept_fx.model_facts import hidden_size, layer_count
 from adept_fx.runtime.decoder import ExitAwareForward
+from adept_fx.runtime.equip import equip
 from adept_fx.runtime.handle import Adept, handle
 from adept_fx.runtime.head import Head
 from adept_fx.runtime.pooling import Pooling
@@ -69,7 +70,7 @@ def transform(model: nn.Module, config: ExitConfig | None = None) -> Any:
     exit_aware.__dict__["forward"] = forward
     transformed = rebuild(model, path, exit_aware, memo)
     head = Head(transformed, exit_aware)
-    if any("logits" in gate.needs for gate in gates):
+    if any(gate.needs & {"logits", "draft"} for gate in gates):
         with during("gates"):
             head.check()
     adept.link(forward, head)
@@ -78,7 +79,9 @@ def transform(model: nn.Module, config: ExitConfig | None = None) -> Any:
         transformed.__dict__["forward"] = forward.pooling = pooling
     # Capture now: what cannot be rewritten is refused here, not at the first call.
     with during("capture"):
-        forward.prepare()
+        program = forward.prepare()
+    with during("gates"):
+        equip(gates, program, head)
     transformed.add_module("adept", adept)
     if hasattr(transformed, "init_continuous_batching"):
         transformed.__dict__["init_continuous_batching"] = _refuse_continuous_batching

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,14 @@ from adept_fx.errors import ConfigError, GateError
 FEATURES = ("previous", "query", "key", "value")
 """What a gate may be given of the layers before it, in this order."""
 
-NEEDS = (*FEATURES, "logits")
+NEEDS = (*FEATURES, "logits", "position", "draft")
 """What a gate may ask for in `Gate.needs`."""
+
+DRAFT_SIZE = 4
+"""How many candidates for the next token a gate that asks for `"draft"` is given."""
+
+
+_OPTIONAL = (*NEEDS, "draft_previous", "draft_tokens")
 
 
 # eq=False: comparing tensors field by field has no truth value.
@@ -39,8 +46,17 @@ class GateInputs:
         key: `[N, kv_heads, head_dim]`, of the last layer run.
         value: `[N, kv_heads, value_dim]`, of the last layer run.
         logits: `[N, V]`, what the token would emit if it left here.
+        position: `[N]`, the place of each token in its row, cached tokens counted and padding not:
+            the call's `position_ids`, or the number of real tokens before it.
+        draft: `[N, DRAFT_SIZE]`, the logits of a few candidates for the next token if the token
+            left here. The candidates are those that were most likely at the first exit point
+            whose gate asks for them, in that order; there alone the whole head is applied.
+        draft_previous: `[N, DRAFT_SIZE]`, the same at the exit point before this one whose gate
+            asks for them; equal to `draft` at the first.
+        draft_tokens: `[N, DRAFT_SIZE]`, which candidates these are: entries of the vocabulary.
 
-    The last five are None unless `Gate.needs` names them.
+    From `previous` on they are None unless `Gate.needs` names them; `"draft"` stands for the last
+    three.
     """
 
     hidden: Tensor
@@ -55,12 +71,16 @@ class GateInputs:
     key: Tensor | None = None
     value: Tensor | None = None
     logits: Tensor | None = None
+    position: Tensor | None = None
+    draft: Tensor | None = None
+    draft_previous: Tensor | None = None
+    draft_tokens: Tensor | None = None
 
     def need(self, name: str) -> Tensor:
         """Returns an optional tensor that must be there.
 
         Args:
-            name: One of the names that `Gate.needs` may hold.
+            name: One of the names that `Gate.needs` may hold, or a field that comes with one.
 
         Returns:
             The tensor.
@@ -68,7 +88,7 @@ class GateInputs:
         Raises:
             GateError: If it was not supplied.
         """
-        value = getattr(self, name) if name in NEEDS else None
+        value = getattr(self, name) if name in _OPTIONAL else None
         if not isinstance(value, Tensor):
             raise GateError(
                 f"the gate of exit {self.exit_index} reads {name!r}, which it was not given",
@@ -104,6 +124,20 @@ class Gate(nn.Module):
             cls.needs = check_needs(cls.needs, cls.__name__)
         if "forward" in cls.__dict__ and "per_token" not in cls.__dict__:
             cls.per_token = False  # another forward makes its own promise
+
+    def set_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Tells the gate how wide its input is in the model; here it does nothing.
+
+        `transform` and `set_gates` call it before the gate is asked for the first time, once per
+        exit point that it serves. A gate whose parameters depend on more than the hidden size makes
+        them here.
+
+        Args:
+            sizes: Numbers per token of `hidden`, and of each feature that the gate needs.
+
+        Raises:
+            ConfigError: If the gate was made for other sizes.
+        """
 
     def forward(self, tokens: GateInputs) -> Tensor:
         """Scores the tokens.

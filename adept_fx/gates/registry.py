@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adept_fx.errors import ConfigError
+from adept_fx.gates.attention_mlp import AttentionMLP
 from adept_fx.gates.base import Gate, check_needs
 from adept_fx.gates.cosine import Cosine
+from adept_fx.gates.draft import DraftTokens
 from adept_fx.gates.entropy import Entropy
 from adept_fx.gates.fixed_depth import FixedDepth
 from adept_fx.gates.linear import Linear
 from adept_fx.gates.max_prob import MaxProb
 from adept_fx.gates.mlp import MLP
 from adept_fx.gates.replay import Replay
+from adept_fx.gates.schedule import Schedule
 from adept_fx.gates.top_gap import TopGap
 
 if TYPE_CHECKING:
@@ -25,11 +28,14 @@ if TYPE_CHECKING:
 GATES: dict[str, type[Gate]] = {
     "linear": Linear,
     "mlp": MLP,
+    "attention_mlp": AttentionMLP,
+    "draft": DraftTokens,
     "max_prob": MaxProb,
     "top_gap": TopGap,
     "entropy": Entropy,
     "cosine": Cosine,
     "fixed_depth": FixedDepth,
+    "schedule": Schedule,
 }
 """Names that `ExitConfig.gate` knows. `Replay` has none: it needs tensors."""
 
@@ -71,6 +77,8 @@ def build_gates(
 ) -> list[Gate]:
     """Returns the gate of each exit point: fresh for a name, an instance as it is.
 
+    Gates that depend on more of the model than this get their sizes later: `Gate.set_sizes`.
+
     Args:
         config: A configuration with explicit exits (`ExitConfig.resolve`).
         hidden_size: Width of the model's residual stream.
@@ -87,9 +95,9 @@ def build_gates(
     for gate in config.gates:
         if isinstance(gate, str):
             kind = gate_class(gate)
-            sized = "hidden_size" in inspect.signature(kind).parameters
             options = {"hidden_size": hidden_size, "device": device, "dtype": dtype}
-            gate = kind(**options) if sized else kind()
+            asked = inspect.signature(kind).parameters
+            gate = kind(**{name: value for name, value in options.items() if name in asked})
         gates.append(_fitting(gate, hidden_size))
     return gates
 
@@ -97,7 +105,7 @@ def build_gates(
 def _fitting(gate: Gate, hidden_size: int) -> Gate:
     """Returns the gate after checking that it can serve this model."""
     check_needs(gate.needs, type(gate).__name__)  # An instance may have set its own.
-    if isinstance(gate, (Linear, MLP)) and gate.hidden_size != hidden_size:
+    if isinstance(gate, (Linear, MLP, AttentionMLP)) and gate.hidden_size != hidden_size:
         raise ConfigError(
             f"gate {type(gate).__name__} was made for hidden size {gate.hidden_size}; the model "
             f"has {hidden_size}",

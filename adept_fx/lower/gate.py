@@ -5,12 +5,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from adept_fx.gates.base import Gate
+from adept_fx.gates.base import FEATURES, Gate
 
 
 def fuses(gate: Gate) -> bool:
     """Whether a gate can be computed by the stage before it, for all tokens that the stage runs."""
-    return gate.per_token and not gate.keeps_python_state and "logits" not in gate.needs
+    return gate.per_token and not gate.keeps_python_state and gate.needs <= set(FEATURES)
 
 
 def state_of(gate: Gate) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from adept_fx.gates.base import Gate
 from adept_fx.graph.blocks import Stage
 from adept_fx.lower.gate import GateRegion
 from adept_fx.ops import tokens as ops
+from adept_fx.runtime.gate_inputs import wanted
 
 _WRITES = (ops.write_cache, ops.write_index)
 
@@ -85,7 +86,7 @@ def with_gate(graph: fx.GraphModule, gate: Gate | None) -> fx.GraphModule:
         found = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
         parts["gate"] = GateRegion(gate)
         tokens = copies[next(iter(graph.graph.nodes))]
-        seen = found[: 1 + len(gate.needs - {"logits"})]
+        seen = found[: 1 + len(wanted(gate.needs))]
         outputs = (*found, copied.call_module("gate", (tokens, *seen)))
     copied.output(outputs)
     return fx.GraphModule(parts, copied, class_name="Stage")

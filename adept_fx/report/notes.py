@@ -27,6 +27,9 @@ def notes(
         head: Number of parameters of the model's head.
     """
     asking = [e for e, gate in zip(exits, gates, strict=True) if "logits" in gate.needs]
+    # The first gate on candidate tokens finds them; the others apply a few rows.
+    drafts = [e for e, gate in zip(exits, gates, strict=True) if "draft" in gate.needs]
+    asking = sorted({*asking, *drafts[:1]})
     slow = [*_attention(layers), *_masks(program), *_mixers(layers)]
     if asking:
         where = named("exit", asking)

@@ -27,7 +27,7 @@ from adept_fx.runtime.fingerprint import (
     refuse_hooks,
     refuse_several_devices,
 )
-from adept_fx.runtime.inputs import program_inputs
+from adept_fx.runtime.inputs import program_inputs, token_positions
 from adept_fx.runtime.masks import fits_rows, real_tokens
 from adept_fx.runtime.pooling import Pooling
 from adept_fx.runtime.programs import Programs
@@ -104,6 +104,8 @@ class ExitAwareForward:
         )
         run = Run(settings, shape, real, cache, call.embeds.device, packable, pooled)
         run.visible = visible
+        if settings.needs("position"):
+            run.positions = token_positions(call)
         if settings.compiled and visible is None:
             self._drop_masks(program, inputs, run)
         hidden = self._forward(program, run, inputs)

@@ -19,6 +19,8 @@ from adept_fx.low_rank import KVMaps
 from adept_fx.model_facts import hidden_size
 from adept_fx.pipeline import Program
 from adept_fx.runtime.decoder import ExitAwareForward
+from adept_fx.runtime.equip import asks_program, equip
+from adept_fx.runtime.gate_inputs import wanted
 from adept_fx.runtime.head import Head
 from adept_fx.runtime.plan import PLANS
 from adept_fx.runtime.run import Run, Settings
@@ -85,6 +87,12 @@ class Adept(nn.Module):
         if self._links is None:
             raise InputError("this handle belongs to no model")
         return self._links[0]
+
+    @property
+    def _head(self) -> Head:
+        if self._links is None:
+            raise InputError("this handle belongs to no model")
+        return self._links[1]
 
     @property
     def decoder(self) -> nn.Module:
@@ -203,16 +211,31 @@ class Adept(nn.Module):
         """Replaces the gates: one for all exits, or one per exit.
 
         Gates that ask for more of the graph (``Gate.needs``) make the next call capture again.
+
+        Raises:
+            ConfigError: They do not fit the model.
+            UnsupportedModelError: The model cannot give a gate what it asks for.
         """
         count = len(self.config.exit_layers)
         chosen = [gates] * count if isinstance(gates, Gate) else list(gates)
         if len(chosen) != count or not all(isinstance(gate, Gate) for gate in chosen):
             raise ConfigError(f"{count} gates are needed, one per exit point")
-        wanted = replace(self.config, gate=tuple(chosen))
-        build_gates(wanted, hidden_size(self.decoder))  # raises if one does not fit
-        before = [gate.needs - {"logits"} for gate in self.gate_list()]
-        self.gates = nn.ModuleList(chosen)
-        if before != [gate.needs - {"logits"} for gate in chosen]:
+        config = replace(self.config, gate=tuple(chosen))
+        build_gates(config, hidden_size(self.decoder))  # raises if one does not fit
+        before = self.gate_list()
+        self._put(chosen)
+        if any(asks_program(gate) for gate in chosen):
+            try:
+                equip(chosen, self._program(), self._head)
+            except BaseException:
+                self._put(before)
+                raise
+
+    def _put(self, gates: Sequence[Gate]) -> None:
+        """Puts gates in place of those that are there."""
+        before = [wanted(gate.needs) for gate in self.gate_list()]
+        self.gates = nn.ModuleList(gates)
+        if before != [wanted(gate.needs) for gate in gates]:
             self._forward.forget()
 
     def gate_list(self) -> list[Gate]:
@@ -230,6 +253,7 @@ class Adept(nn.Module):
             plan="dense" if self.training and torch.is_grad_enabled() else self._plan,
             num_layers=program.num_layers,
             logits=partial(self.early_logits, program=program),
+            draft=partial(self._draft_logits, program=program),
             adapters=tuple(self.adapters),
             compiled=self._forward.compiled,
             costs=self._forward.costs,
@@ -256,15 +280,17 @@ class Adept(nn.Module):
         state = self.adapters[exit_index](hidden) if self.adapters else hidden
         return self._head(norm, state, program.output_type)
 
+    def _draft_logits(
+        self, hidden: Tensor, chosen: Tensor, exit_index: int, program: Program
+    ) -> Tensor:
+        """Entries ``chosen [N, k]`` of the same, without the others."""
+        norm: Any = program.graph.epilogue
+        state = self.adapters[exit_index](hidden) if self.adapters else hidden
+        return self._head.rows(norm, state, program.output_type, chosen)
+
     def final_logits(self, states: Tensor) -> Tensor:
         """What the head makes of the decoder's output: ``[N, D]`` to ``[N, V]``."""
         return self._head(_unchanged, states, self._program().output_type)
-
-    @property
-    def _head(self) -> Head:
-        if self._links is None:
-            raise InputError("this handle belongs to no model")
-        return self._links[1]
 
     @property
     def pools(self) -> bool:

@@ -5,9 +5,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from adept_fx.errors import UnsupportedModelError
+from adept_fx.gates.base import DRAFT_SIZE
+from adept_fx.runtime.drafts import CHOSEN, Rows, disagree, output_embedding
 from adept_fx.shell import path_to, rebuild
 
 
@@ -43,6 +46,7 @@ class Head:
         keywords = {"use_cache": False, "return_dict": True}
         self.keywords = {name: value for name, value in keywords.items() if name in known}
         self._built: tuple[list[Any], nn.Module] | None = None
+        self._built_rows: tuple[nn.Module, nn.Module, nn.Module] | None = None
 
     def check(self) -> None:
         """Raises if the model has no logits.
@@ -67,10 +71,81 @@ class Head:
             output_type: Class of the decoder's output, which the head reads.
         """
         self.check()
+        return self._run(self._whole(output_type), norm, hidden)
+
+    def rows(self, norm: nn.Module, hidden: Tensor, output_type: type, chosen: Tensor) -> Tensor:
+        """Some of the logits that tokens with states ``hidden [N, D]`` would emit, ``[N, k]``.
+
+        Args:
+            norm: What stands between the last layer and the head.
+            hidden: The states.
+            output_type: Class of the decoder's output, which the head reads.
+            chosen: Entries of the vocabulary for each token, ``[N, k]``.
+
+        Raises:
+            UnsupportedModelError: The output embedding is no plain linear layer.
+        """
+        self.check()
+        model = self._with_rows(output_type)
+        before = CHOSEN.set(chosen)
+        try:
+            return self._run(model, norm, hidden)
+        finally:
+            CHOSEN.reset(before)
+
+    def check_rows(self, norm: nn.Module, hidden: Tensor, output_type: type) -> None:
+        """Raises if :meth:`rows` does not give what the whole head does.
+
+        Args:
+            norm: What stands between the last layer and the head.
+            hidden: States to try it with, ``[N, D]``.
+            output_type: Class of the decoder's output, which the head reads.
+
+        Raises:
+            UnsupportedModelError: The model has no head, or one that needs all logits at once.
+        """
+        self.check()
+        embedding = output_embedding(self.model)
+        if hidden.is_meta or embedding.out_features < DRAFT_SIZE:
+            return  # nothing to compare; too few classes are refused when they are seen
+        cause: Exception | None = None
+        with torch.no_grad():
+            whole = self(norm, hidden, output_type)
+            chosen = whole.topk(DRAFT_SIZE, dim=-1).indices
+            try:
+                wrong = disagree(self.rows(norm, hidden, output_type, chosen), whole, chosen)
+            except UnsupportedModelError:
+                raise
+            except Exception as error:  # whatever a model's own forward does with fewer logits
+                wrong, cause = True, error
+        if wrong:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} does more with its logits than can be done with a "
+                "few of them, which the gate asks for",
+                hint='use gate="mlp", or "max_prob" for the whole head',
+            ) from cause
+
+    def _run(self, model: nn.Module, norm: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
         # Every token is a row of its own: heads that pool a row see that token alone.
         final = norm(hidden.unsqueeze(1))
-        logits: Tensor = self._whole(output_type)(inputs_embeds=final, **self.keywords).logits
+        logits: Tensor = model(inputs_embeds=final, **self.keywords).logits
         return logits[:, -1] if logits.ndim == 3 else logits
+
+    def _with_rows(self, output_type: type) -> nn.Module:
+        """The same with a few rows of its output embedding."""
+        whole, embedding = self._whole(output_type), output_embedding(self.model)
+        built = self._built_rows
+        if built is None or built[0] is not whole or built[1] is not embedding:
+            path = path_to(whole, embedding)
+            if not path:
+                raise UnsupportedModelError(
+                    f"the output embedding of {type(self.model).__name__} is not beside its "
+                    "decoder, so the gate cannot be given a few rows of it",
+                    hint='use gate="mlp", or "max_prob" for the whole head',
+                )
+            built = (whole, embedding, rebuild(whole, path, Rows(embedding)))
+            self._built_rows = built
+        return built[2]
 
     def _whole(self, output_type: type) -> nn.Module:
         """The model around a decoder that does nothing; built again if the model has changed."""
@@ -100,5 +175,5 @@ class Head:
         copied.model = copy.deepcopy(self.model, memo)
         copied.decoder = copy.deepcopy(self.decoder, memo)
         copied.path, copied.keywords = list(self.path), dict(self.keywords)
-        copied._built = None
+        copied._built = copied._built_rows = None
         return copied

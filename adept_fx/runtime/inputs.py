@@ -52,6 +52,22 @@ def _input(name: str, program: Program, call: Call) -> Any:
     )
 
 
+def token_positions(call: Call) -> Tensor:
+    """The place of each token of a call in its row, without padding, ``[B, S]`` int64.
+
+    What the call says of it counts; else its 2-D mask tells which tokens before it are padding.
+    """
+    if call.position_ids is not None:
+        return call.position_ids.long()
+    batch, tokens = call.embeds.shape[:2]
+    offset, mask = past_length(call.cache), call.attention_mask
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= offset + tokens:
+        real = mask[:, : offset + tokens].to(call.embeds.device).bool()
+        return (real.cumsum(1) - 1).clamp(min=0)[:, offset:].expand(batch, tokens)
+    places = torch.arange(offset, offset + tokens, device=call.embeds.device)
+    return places.expand(batch, tokens)
+
+
 def key_length(call: Call, kinds: dict[int, str], kind: str) -> int:
     """How many keys layers of a kind attend to in this call."""
     tokens = call.embeds.shape[1]

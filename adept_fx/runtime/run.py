@@ -11,18 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adept_fx.gates.base import Gate, GateInputs
-from adept_fx.graph.symbols import TokenAxes
+from adept_fx.gates.base import Gate
 from adept_fx.runtime.costs import Costs
-from adept_fx.runtime.gate_inputs import Place, gate_inputs, wanted
+from adept_fx.runtime.drafts import Drafts
+from adept_fx.runtime.gate_inputs import Place, collect
 from adept_fx.runtime.plan import bucket, profitable
-from adept_fx.runtime.rows import share_row, take
+from adept_fx.runtime.rows import share_row
 from adept_fx.runtime.scores import check_scores
 from adept_fx.runtime.tokens import Tokens
 from adept_fx.runtime.watch import Watch
-
-_HIDDEN = TokenAxes(batch=0, token=1)
-_HEADS = TokenAxes(batch=0, token=2)
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,8 @@ class Settings:
         num_layers: Layers of the decoder.
         logits: Maps exit states ``[N, D]`` and the index of their exit point to logits ``[N, V]``,
             for gates that ask for them.
+        draft: Maps exit states ``[N, D]``, entries of the vocabulary ``[N, k]`` and the index of
+            their exit point to the logits of those.
         adapters: Exit adapters, one per exit point; empty if there are none.
         compiled: Whether the stages are compiled.
         costs: What a layer costs here; None if that was not measured.
@@ -49,10 +48,15 @@ class Settings:
     plan: str
     num_layers: int
     logits: Callable[..., Tensor]
+    draft: Callable[..., Tensor]
     adapters: tuple[nn.Module, ...] = ()
     compiled: bool = False
     costs: Costs | None = None
     watch: Watch | None = None
+
+    def needs(self, name: str) -> bool:
+        """Whether a gate asks for an input."""
+        return any(name in gate.needs for gate in self.gates)
 
     @property
     def may_exit(self) -> bool:
@@ -99,6 +103,8 @@ class Run:
         self.executed = 0
         self.kept: dict[str, tuple[Tensor, ...]] = {}
         self.visible: int | None = None
+        self.positions: Tensor | None = None  # [B, S], if a gate asks for them
+        self.drafts = Drafts()
         self.eager = False  # a form of call too rare to compile its stages for
         self.settled = False  # what skipped layers are owed has been written
         self._departed: list[Tensor] = []
@@ -214,7 +220,7 @@ class Run:
         if tokens.scores is not None:
             scores = check_scores(_own(tokens.scores, tokens, live), live_count, gate)
         else:
-            inputs = self._gate_inputs(gate, tokens, exit_index, hidden, features, live)
+            inputs = collect(self, gate, tokens, exit_index, hidden, features, live)
             scores = check_scores(gate(inputs), live_count, gate)
         if self.settings.watch is not None:
             states, positions = self._live_states(tokens, hidden, live)
@@ -234,32 +240,6 @@ class Run:
         if live is None:
             return states, torch.arange(len(states), device=hidden.device)
         return states[live], live
-
-    def _gate_inputs(
-        self,
-        gate: Gate,
-        tokens: Tokens,
-        exit_index: int,
-        hidden: Tensor,
-        features: Sequence[Tensor],
-        live: Tensor | None,
-    ) -> GateInputs:
-        def pick(value: Tensor, axes: TokenAxes) -> Tensor:
-            if tokens.index is None:
-                index = everything if live is None else live
-                value = take(value, axes, index, self.tokens)
-            packed = value[0] if axes == _HIDDEN else value[0].transpose(0, 1)
-            return packed if tokens.index is None else packed[: tokens.count]
-
-        everything = torch.arange(self.batch * self.tokens, device=hidden.device)
-        index = everything if live is None else live
-        states = hidden.flatten(0, 1) if live is None else pick(hidden, _HIDDEN)
-        found = [
-            pick(value, _HIDDEN if name == "previous" else _HEADS)
-            for name, value in zip(wanted(gate.needs), features, strict=True)
-        ]
-        logits = self.settings.logits(states, exit_index) if "logits" in gate.needs else None
-        return gate_inputs(self.place(exit_index), gate.needs, index, states, found, logits)
 
     def adapt(self, hidden: Tensor) -> Tensor:
         """Puts states of tokens that left, among all ``[B, S, D]``, through their exit adapters."""

@@ -22,6 +22,8 @@ from adept_fx.gates.replay import Replay
 from adept_fx.gates.top_gap import TopGap
 
 D, V = 16, 11
+SIZES = {"hidden": D, "query": 12, "key": 6, "value": 4}
+OPTIONAL = ("previous", "query", "key", "value", "logits", "position", "draft", "draft_previous")
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 deterministic = settings(deadline=None, derandomize=True, max_examples=40)
 
@@ -33,7 +35,11 @@ def inputs(n: int = 5, dtype: torch.dtype = torch.float32, **changes: Any) -> Ga
     index = torch.arange(n)
     logits = torch.randn(n, V, generator=make).to(dtype)
     tokens = GateInputs(states[0], index // 3, index % 3, 0, "prefill", 2, (2, 3), states[1])
-    return dataclasses.replace(tokens, **{"logits": logits, **changes})
+    heads = {"query": (3, 4), "key": (2, 3), "value": (2, 2)}
+    given = {k: torch.randn(n, *v, generator=make).to(dtype) for k, v in heads.items()}
+    given |= {"logits": logits, "position": index * 700}
+    given |= {"draft": logits[:, :4], "draft_previous": logits[:, 4:8]}
+    return dataclasses.replace(tokens, **{**given, **changes})
 
 
 def trained(gate: Gate) -> Gate:
@@ -46,7 +52,9 @@ def trained(gate: Gate) -> Gate:
 
 
 def make(name: str) -> Gate:
-    return trained(build_gates(ExitConfig((1,), name), D)[0])
+    gate = build_gates(ExitConfig((1,), name), D)[0]
+    gate.set_sizes(SIZES)
+    return trained(gate)
 
 
 # The contract, for every gate that has a name.
@@ -66,7 +74,7 @@ def test_scores_are_float32_in_the_unit_interval(name: str, n: int, dtype: torch
 @pytest.mark.parametrize("name", GATES)
 def test_a_token_is_scored_on_its_own(name: str) -> None:
     gate, tokens = make(name), inputs(5)
-    names = ("hidden", "previous", "logits")
+    names = ("hidden", *OPTIONAL)
     alone = [inputs(1, **{name: getattr(tokens, name)[[i]] for name in names}) for i in range(5)]
     torch.testing.assert_close(torch.cat([gate(token) for token in alone]), gate(tokens))
 
@@ -74,19 +82,19 @@ def test_a_token_is_scored_on_its_own(name: str) -> None:
 @pytest.mark.parametrize("name", GATES)
 def test_a_gate_reads_only_what_it_needs(name: str) -> None:
     gate, tokens = make(name), inputs(3)
-    for key in ("previous", "logits"):
+    for key in OPTIONAL:
         without = inputs(3, torch.float32, **{key: None})
-        if key not in gate.needs:
+        if key.removesuffix("_previous") not in gate.needs:
             assert torch.equal(gate(without), gate(tokens))
             continue
         with pytest.raises(GateError, match=key):
             gate(without)
 
 
-@pytest.mark.parametrize("name", sorted(set(GATES) - {"fixed_depth"}))
+@pytest.mark.parametrize("name", sorted(set(GATES) - {"fixed_depth", "schedule"}))
 def test_nan_gives_nan_for_that_token_only(name: str) -> None:
     tokens = inputs(3)
-    for tensor in (tokens.hidden, tokens.need("logits")):
+    for tensor in (tokens.hidden, tokens.need("logits"), tokens.need("draft")):
         tensor[1] = math.nan
     assert make(name)(tokens).isnan().tolist() == [False, True, False]
 
@@ -353,7 +361,7 @@ def test_needs_of_an_instance_are_checked_when_it_is_built() -> None:
 
 
 def test_inputs_are_frozen_and_name_what_is_missing() -> None:
-    tokens = inputs()
+    tokens = inputs(query=None)
     with pytest.raises(dataclasses.FrozenInstanceError):
         tokens.phase = "decode"  # type: ignore[misc]
     for name in ("query", "hidden", "weather"):
@@ -390,7 +398,10 @@ def test_gates_compile_into_one_graph_for_any_number_of_tokens() -> None:
     built = [make(name) for name in GATES]
 
     def score(hidden: torch.Tensor, index: torch.Tensor) -> list[torch.Tensor]:
-        states = {"previous": hidden + 1, "logits": hidden}
+        states = {"previous": hidden + 1, "logits": hidden, "position": index}
+        states |= {"draft": hidden[:, :4], "draft_previous": hidden[:, 4:8]}
+        heads = {"query": hidden[:, :12], "key": hidden[:, :6], "value": hidden[:, :4]}
+        states |= {name: value.unflatten(1, (2, -1)) for name, value in heads.items()}
         tokens = GateInputs(hidden, index, index, 0, "decode", 1, (8, 1), **states)
         return [gate(tokens) for gate in built]
 
