@@ -50,6 +50,9 @@ class Settings:
     adam_rate: float = 2e-2
     exit_weight: float = 1.0
     first_exit: int = 2
+    exit_step: int = 1
+    layer_dropout: float = 0.0
+    held_out_share: float = 0.0
     seed: int = 0
     python: str = f"{sys.version_info.major}.{sys.version_info.minor}"
 
@@ -58,14 +61,22 @@ class Settings:
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:12]
 
 
-def stdlib_texts(held_out: bool) -> list[str]:
-    """The standard library's modules: those to train on, or those kept out of training."""
+def stdlib_texts(held_out: bool, share: float = 0.0) -> list[str]:
+    """The standard library's modules: those to train on, or those kept out of training.
+
+    Besides `HELD_OUT`, about a `share` of all files is kept out, chosen by their names.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     files = (f for f in root.rglob("*.py") if not _LEFT_OUT & set(f.relative_to(root).parts))
-    chosen = sorted(f for f in files if (f.parent == root and f.name in HELD_OUT) == held_out)
+    chosen = sorted(f for f in files if _kept_out(f.relative_to(root), share) == held_out)
     return [
         f.read_text("utf-8", errors="replace") for f in chosen if f.stat().st_size <= _LARGEST_FILE
     ]
+
+
+def _kept_out(file: Path, share: float) -> bool:
+    place = int(hashlib.sha256(file.as_posix().encode()).hexdigest()[:8], 16) / 2**32
+    return file.as_posix() in HELD_OUT or place < share
 
 
 def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
@@ -114,7 +125,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
 def cache_folder(settings: Settings) -> Path:
     """Where the model that these settings make is kept."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "adept-fx" / f"quickstart-{settings.digest()}"
+    return Path(root) / "adept-fx" / f"stdlib-lm-{settings.digest()}"
 
 
 def keep(folder: Path, model: Any, tokenizer: Any, figures: dict[str, float]) -> None:
@@ -141,7 +152,7 @@ def load_or_train(
     """
     folder = cache_folder(settings)
     if not folder.exists():
-        texts = stdlib_texts(held_out=False)
+        texts = stdlib_texts(held_out=False, share=settings.held_out_share)
         tokenizer = train_tokenizer(texts, settings.vocabulary)
         model = new_model(settings, tokenizer)
         figures = train(model, encode(tokenizer, texts), settings)

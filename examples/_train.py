@@ -7,6 +7,8 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from rich.progress import (
@@ -81,6 +83,34 @@ def losses(model: LlamaForCausalLM, batch: Tensor, exit_layer: int) -> tuple[Ten
     return last, early
 
 
+@contextmanager
+def dropping(model: LlamaForCausalLM, largest: float) -> Iterator[None]:
+    """Leaves layers out for some of the texts, the last one most often.
+
+    The layer dropout of LayerSkip (Elhoushi et al. 2024, arXiv:2404.16710): layer `l` of `L` is
+    left out with a chance of `largest * (2 ** (l / (L - 1)) - 1)`.
+    """
+
+    def hook(chance: float) -> Any:
+        def drop(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            out = torch.rand(len(output), 1, 1, device=output.device) < chance
+            return torch.where(out, args[0], output)
+
+        return drop
+
+    layers = model.model.layers if largest else nn.ModuleList()
+    chances = [largest * (2 ** (at / (len(layers) - 1)) - 1) for at in range(len(layers))]
+    handles = [
+        layer.register_forward_hook(hook(chance))
+        for layer, chance in zip(layers, chances, strict=True)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def bfloat16_is_faster(device: torch.device) -> bool:
     """Measures whether this processor multiplies faster in bfloat16 than in float32."""
 
@@ -112,7 +142,7 @@ class Trainer:
         self.muon = Muon(layers)
         self.adam = torch.optim.AdamW(self.rest, betas=(0.9, 0.95), weight_decay=0.0)
         self.batches = windows(ids, settings)
-        self.exit_layers = range(settings.first_exit, settings.layers)
+        self.exit_layers = range(settings.first_exit, settings.layers, settings.exit_step)
         self.narrow = bfloat16_is_faster(self.device)
         self.steps, self.loss = 0, 0.0
 
@@ -162,7 +192,8 @@ def train(model: LlamaForCausalLM, ids: Tensor, settings: Settings) -> dict[str,
     trainer = Trainer(model, ids, settings)
     start = time.perf_counter()
     model.train()
-    with progress_bar() as bar:
+    with progress_bar() as bar, dropping(model, settings.layer_dropout):
+        torch.manual_seed(settings.seed)
         task = bar.add_task("", total=1.0, step=0, loss=float("nan"))
         choose_threads(lambda: trainer.step(schedule(0.0)))
         while done < 1:
