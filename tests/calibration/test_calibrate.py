@@ -151,8 +151,8 @@ def test_the_callers_own_risk() -> None:
         return (early.argmax(-1) != full.argmax(-1)).double().mean()
 
     ee = fresh()
-    named = calibrate(ee, texts(60), **LOOSE)
-    own = calibrate(ee, texts(60), risk=differs, **LOOSE)
+    named = calibrate(ee, texts(90), **LOOSE)
+    own = calibrate(ee, texts(90), risk=differs, **LOOSE)
     assert own.risk_name == "differs"
     assert [part.curve for part in own.phases] == [part.curve for part in named.phases]
     assert shapes == {((s, 128), (s, 128), (s,)) for s in (12, 6)}
@@ -356,7 +356,7 @@ def test_data_that_is_refused() -> None:
 
 def test_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ee = fresh()
-    found = adept_fx.calibrate(ee, texts(60), **LOOSE)
+    found = adept_fx.calibrate(ee, texts(90), **LOOSE)
     kept = json.loads(json.dumps(found.to_dict()))
     assert kept == found.to_dict()
     assert kept["phases"]["decode"]["thresholds"] == list(ee.adept.thresholds)

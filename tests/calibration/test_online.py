@@ -145,7 +145,7 @@ def test_what_an_audit_sees_is_what_the_exits_say() -> None:
 
 def test_calibrate_leaves_one_there() -> None:
     ee = fresh()
-    found = calibrate(ee, texts(60), target=0.75, batch_size=64, online="beta-mixture")
+    found = calibrate(ee, texts(90), target=0.75, batch_size=64, online="beta-mixture")
     online = ee.adept.online
     assert isinstance(online, BetaMixture)
     starts = {phase: tuple(m.start for m in all_) for phase, all_ in online.mixtures.items()}
@@ -156,7 +156,7 @@ def test_calibrate_leaves_one_there() -> None:
     online.every = 2
     ee.generate(torch.stack(texts(2)), max_new_tokens=9, do_sample=False)
     assert online.audits == {"prefill": 0, "decode": 4}
-    calibrate(ee, texts(60), target=0.75, batch_size=64, phase="decode")
+    calibrate(ee, texts(90), target=0.75, batch_size=64, phase="decode")
     assert ee.adept.online is None
 
 
