@@ -17,6 +17,7 @@ from adept_fx.calibration.statistics import BOUNDS
 from adept_fx.calibration.trial import Trial, set_thresholds
 from adept_fx.errors import ConfigError, InputError, UnsupportedModelError
 from adept_fx.runtime.handle import Adept
+from adept_fx.runtime.stats import Stats
 from adept_fx.texts import texts_of
 
 
@@ -65,7 +66,10 @@ def calibrate(
         phase: ``"prefill"``: texts run in one call; sets ``ee.adept.prefill_thresholds``.
             ``"decode"``: the first half of a text is prefilled, with the prefill thresholds as they
             are, the other half fed token by token; only those count; sets
-            ``ee.adept.thresholds``. None: both, prefill first, or what the model can do.
+            ``ee.adept.thresholds``. None: both, prefill first, or what the model can do. What
+            prefill changes about the keys that later tokens read is part of the risk of decoding:
+            where it takes all of it, set ``ee.adept.prefill_thresholds`` higher and calibrate
+            ``"decode"`` again.
         length: Longest text, in tokens; longer items give several.
         batch_size: Rows of one call; texts of equal length share calls.
         bound: ``"hoeffding-bentkus"``, or ``"betting"`` (Waudby-Smith & Ramdas, arXiv:2010.09686),
@@ -117,7 +121,7 @@ def _on_trial(ee: Any, adept: Adept) -> Iterator[None]:
     training = [module for module in ee.modules() if module.training]
     kept = adept.stats, adept.last_depth, adept.online
     before = adept.thresholds, adept.prefill_thresholds
-    adept.online = None
+    adept.online, adept.stats = None, Stats(adept.config.exit_layers)
     ee.eval()
     try:
         with torch.no_grad():

@@ -94,12 +94,12 @@ class Mixture:
         agreed, differed = self.agreed, self.differed
         odds = agreed.log_density(_GRID) - differed.log_density(_GRID)
         posterior = torch.sigmoid(odds + math.log(agreed.weight / differed.weight))
-        # Densities of few scores may cross twice; a higher score is never less sure.
-        best = int(posterior.argmax())
-        low = posterior[: best + 1] < target
-        if bool(low[best]):
+        sure = (posterior >= target).nonzero()
+        if not len(sure):
             return 1.0
-        return float(_GRID[int(low.nonzero().max())]) if bool(low.any()) else 0.0
+        # Fitted densities may cross again near 1: above a sure score, none is less sure.
+        below = (posterior[: int(sure[-1])] < target).nonzero()
+        return float(_GRID[int(below[-1])]) if len(below) else 0.0
 
     def threshold(self, target: float) -> float:
         """Between the start and the own one, by what each rests on."""

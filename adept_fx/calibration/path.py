@@ -14,6 +14,7 @@ from torch import Tensor
 
 _PASSES = 4
 _BETWEEN = 8  # steps from node to node
+_HALVINGS = 8  # of a step
 _PER_NODE = 1e-5
 _NEAR = 1.05  # levels whose ratio is below are not worth another run
 # What a mistake costs, in shares of all token-layers: from "no saving is worth one" to "any is".
@@ -76,8 +77,9 @@ class Recorded:
 
 def _leaves(seen: Recorded, thresholds: Tensor) -> Tensor:
     """Which tokens each exit point would let go, ``[E, T]``."""
-    # As at run time: 1.0 means never, whatever the score.
-    return (seen.scores > thresholds[:, None]) & (thresholds < 1.0)[:, None]
+    # As at run time: in the scores' dtype, and 1.0 means never, whatever the score.
+    bars = thresholds.to(seen.scores.dtype)[:, None]
+    return (seen.scores > bars) & (thresholds < 1.0)[:, None]
 
 
 def _first(leaves: Tensor, offset: int, none: int) -> Tensor:
@@ -142,11 +144,14 @@ class Path:
             if counts not in nodes:
                 nodes.append(counts)
         nodes = nodes[:1] + sorted(nodes[1:], key=self._outcome)
-        self._nodes = torch.tensor(nodes, dtype=torch.float64)
+        # A threshold never rises again: one that no token reaches any more may stand anywhere.
+        self._nodes = torch.tensor(nodes, dtype=torch.float64).cummax(0).values
         places = torch.arange((len(nodes) - 1) * _BETWEEN + 1, dtype=torch.float64) / _BETWEEN
-        risks = [seen.outcome(self._between(float(place)))[0] for place in places]
-        rising = torch.tensor(risks, dtype=torch.float64).cummax(0).values
-        self._places, self._levels = places, rising + _PER_NODE * places
+        found = torch.tensor([self._level(float(at)) for at in places], dtype=torch.float64)
+        self._places, self._levels = places, found.cummax(0).values
+
+    def _level(self, place: float) -> float:
+        return self.seen.outcome(self._between(place))[0] + _PER_NODE * place
 
     def _outcome(self, counts: list[int]) -> tuple[float, float]:
         bars = (self.seen.threshold(at, count) for at, count in enumerate(counts))
@@ -164,11 +169,14 @@ class Path:
         return float(self._levels[-1])
 
     def thresholds(self, level: float) -> tuple[float, ...]:
-        """One per exit point."""
-        high = int(torch.searchsorted(self._levels, level).clamp(1, len(self._levels) - 1))
-        before, after = float(self._levels[high - 1]), float(self._levels[high])
-        share = min(max((level - before) / (after - before), 0.0), 1.0)
-        return self._between(float(torch.lerp(self._places[high - 1], self._places[high], share)))
+        """One per exit point; their estimated risk is at most the level."""
+        at = max(int(torch.searchsorted(self._levels, level, right=True)) - 1, 0)
+        low = float(self._places[at])
+        high = float(self._places[min(at + 1, len(self._places) - 1)])
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._level(middle) <= level else (low, middle)
+        return self._between(low)
 
 
 def levels(

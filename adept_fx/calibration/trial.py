@@ -130,8 +130,10 @@ class Trial:
         found = [item for item in known if item is not None]
         if len(found) == len(rows):
             return found
+        counted, self.adept.stats = self.adept.stats, Stats(self.adept.config.exit_layers)
         with self.adept.disabled():
             kept = self._kept(phase, rows)
+        self.adept.stats = counted  # without what the whole model ran
         if self.risk.small:
             self._full.update({(phase, at): kept[row] for row, at in enumerate(rows)})
         return kept
