@@ -192,6 +192,8 @@ def train(model: LlamaForCausalLM, ids: Tensor, settings: Settings) -> dict[str,
     trainer = Trainer(model, ids, settings)
     start = time.perf_counter()
     model.train()
+    # At these lengths the gradient of the fused kernel takes longer on a CPU than all else in it.
+    model.set_attn_implementation("eager" if model.device.type == "cpu" else "sdpa")
     with progress_bar() as bar, dropping(model, settings.layer_dropout):
         torch.manual_seed(settings.seed)
         task = bar.add_task("", total=1.0, step=0, loss=float("nan"))
@@ -202,6 +204,7 @@ def train(model: LlamaForCausalLM, ids: Tensor, settings: Settings) -> dict[str,
             done = max(trainer.steps / settings.steps, elapsed / settings.seconds)
             bar.update(task, completed=min(done, 1.0), step=trainer.steps, loss=trainer.loss)
     model.eval()
+    model.set_attn_implementation("sdpa")
     torch.set_num_threads(threads)
     tokens = trainer.steps * settings.batch * settings.length
     return {"loss": trainer.loss, "steps": trainer.steps, "tokens": tokens, "seconds": elapsed}
