@@ -43,7 +43,7 @@ class Trial:
         self.texts = texts
         self._places = "position_ids" in inspect.signature(ee.forward).parameters
         with self.adept.disabled():
-            output = ee(input_ids=texts[0][None].to(ee.device), use_cache=True)
+            output = self._call(texts[0][None].to(ee.device), 0, use_cache=True)
         logits = getattr(output, "logits", None)
         if not isinstance(logits, Tensor):
             raise UnsupportedModelError(

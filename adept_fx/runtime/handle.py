@@ -253,7 +253,7 @@ class Adept(nn.Module):
             plan="dense" if self.training and torch.is_grad_enabled() else self._plan,
             num_layers=program.num_layers,
             logits=partial(self.early_logits, program=program),
-            draft=partial(self._draft_logits, program=program),
+            draft=partial(self.draft_logits, program=program),
             adapters=tuple(self.adapters),
             compiled=self._forward.compiled,
             costs=self._forward.costs,
@@ -280,10 +280,21 @@ class Adept(nn.Module):
         state = self.adapters[exit_index](hidden) if self.adapters else hidden
         return self._head(norm, state, program.output_type)
 
-    def _draft_logits(
-        self, hidden: Tensor, chosen: Tensor, exit_index: int, program: Program
+    def draft_logits(
+        self, hidden: Tensor, chosen: Tensor, exit_index: int, program: Program | None = None
     ) -> Tensor:
-        """Entries ``chosen [N, k]`` of the same, without the others."""
+        """Of :meth:`early_logits` some entries per token, without computing the others.
+
+        Args:
+            hidden: The tokens' states at the exit point, ``[N, D]``.
+            chosen: Entries of the vocabulary, ``[N, k]``.
+            exit_index: Which exit point that is, counted from 0.
+            program: The program whose final norm is meant; the one used last by default.
+
+        Returns:
+            ``[N, k]``.
+        """
+        program = program or self._program()
         norm: Any = program.graph.epilogue
         state = self.adapters[exit_index](hidden) if self.adapters else hidden
         return self._head.rows(norm, state, program.output_type, chosen)

@@ -15,7 +15,10 @@ from transformers import AutoModelForSequenceClassification
 import adept_fx
 from adept_fx import files
 from adept_fx.calibration.calibrate import calibrate
+from adept_fx.capture import capture
 from adept_fx.errors import ConfigError, InputError, UnsupportedModelError
+from adept_fx.gates import Cosine
+from adept_fx.runtime import decoder
 from calibrated import EXITS, Sees, fresh, rewritten, texts
 from classify import classifier
 from models import tiny, tiny_config
@@ -147,3 +150,16 @@ def test_the_picture(tmp_path: Path) -> None:
     found = calibrate(fresh(), texts(60), **LOOSE)
     found.plot(tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+def test_one_form_of_call_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    ee, forms = fresh(), []
+
+    def counted(*args: Any, **keywords: Any) -> Any:
+        forms.append(keywords)
+        return capture(*args, **keywords)
+
+    monkeypatch.setattr(decoder, "capture", counted)
+    ee.adept.set_gates(Cosine())  # asks for more of the graph than the gates before
+    calibrate(ee, texts(90), phase="prefill", **LOOSE)
+    assert len(forms) == 1

@@ -107,6 +107,19 @@ def test_the_first_draft_gate_may_be_at_any_exit_and_the_head_may_change() -> No
     ee(IDS, **GIVEN)
 
 
+@torch.no_grad()
+def test_some_of_the_early_logits_without_the_others() -> None:
+    config = ExitConfig(exits=(1, 2), gate="draft", adapter_rank=4)
+    ee = adept_fx.transform(tiny("llama"), config)
+    for parameter in ee.adept.adapters.parameters():
+        parameter.add_(0.1)
+    hidden, chosen = torch.randn(5, 32), torch.arange(15).view(5, 3)
+    for index in (0, 1):
+        whole = ee.adept.early_logits(hidden, index)
+        found = ee.adept.draft_logits(hidden, chosen, index)
+        assert_close(found, whole.gather(1, chosen), f"exit {index}")
+
+
 class Centred(LlamaForCausalLM):
     """Each logit depends on all others."""
 
