@@ -23,7 +23,7 @@ def texts_of(dataset: Iterable[Any], tokens: int, length: int) -> Iterator[Tenso
     """
     left = tokens
     for number, item in enumerate(dataset):
-        for row in _rows(item, number):
+        for row in rows_of(item, number):
             for piece in row.split(length):
                 if left < 2:
                     return
@@ -32,15 +32,31 @@ def texts_of(dataset: Iterable[Any], tokens: int, length: int) -> Iterator[Tenso
                     left -= len(piece)
 
 
-def _rows(item: Any, number: int) -> Iterable[Tensor]:
-    ids = item["input_ids"] if hasattr(item, "keys") and "input_ids" in item else item
+def rows_of(item: Any, number: int) -> Iterable[Tensor]:
+    """The token ids of an item, a text each, without what its ``attention_mask`` leaves out.
+
+    Args:
+        item: With ``input_ids``, or token ids themselves.
+        number: Of the item, for the message.
+
+    Raises:
+        InputError: It holds no token ids.
+    """
+    keyed = hasattr(item, "keys") and "input_ids" in item
+    mask = item["attention_mask"] if keyed and "attention_mask" in item else None
     try:
-        found = torch.as_tensor(ids)
+        ids = torch.as_tensor(item["input_ids"] if keyed else item)
+        real = None if mask is None else torch.as_tensor(mask).bool().view(ids.shape)
     except (TypeError, ValueError, RuntimeError):
-        found = torch.empty(0)
-    if found.ndim not in (1, 2) or found.is_floating_point() or found.dtype is torch.bool:
+        ids = torch.empty(1)
+    # Lists without any element are floating: empty lines of a text are texts without tokens.
+    wrong = ids.numel() > 0 and (ids.is_floating_point() or ids.dtype is torch.bool)
+    if ids.ndim not in (1, 2) or wrong:
         raise InputError(
             f"item {number} of the dataset holds no token ids",
             hint="give items with input_ids, or lists or tensors of token ids",
         )
-    return found.long()[None] if found.ndim == 1 else found.long()
+    rows = ids.long()[None] if ids.ndim == 1 else ids.long()
+    if real is None:
+        return rows
+    return [row[keep] for row, keep in zip(rows, real.view(rows.shape), strict=True)]

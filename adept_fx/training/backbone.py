@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import set_seed
+from transformers.pytorch_utils import Conv1D
 
 from adept_fx.errors import ConfigError
 from adept_fx.training.config import FitConfig
@@ -29,13 +31,20 @@ class Backbone(nn.Module):
 
     def __init__(self, model: nn.Module, ee: Any, config: FitConfig) -> None:
         super().__init__()
-        self.model = model
+        # Checkpoints hold LoRA alone: the model is no child.
+        self.lora = nn.ParameterList(p for p in model.parameters() if p.requires_grad)
+        self._model = (model,)
         self._ee = (ee,)
         self._config = config
         self._layers = (layers_of(ee),)
         self._generator = torch.Generator().manual_seed(config.seed)
         self._steps = 0
         self.log: dict[str, list[float]] = {}
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Dropout that the model has of its own is on in training."""
+        self._model[0].train(mode)
+        return super().train(mode)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, **others: Any
@@ -45,12 +54,14 @@ class Backbone(nn.Module):
         at = self._steps % len(exits)
         self._steps += 1
         with self._hooks(exits[at], len(input_ids)) as states:
-            output = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            output = self._model[0](
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            )
         targets = self._targets(input_ids, attention_mask, others.get("labels"))
         last = _loss(output.logits, targets)
         early = _loss(self._early(states[0], output.logits, input_ids, attention_mask, at), targets)
         for name, value in (("last_loss", last), (f"early_loss_{exits[at]}", early)):
-            self.log.setdefault(name, []).append(float(value))
+            self.log.setdefault(name, []).append(float(value.detach()))
         return {"loss": last + self._config.early_exit_weight * early}
 
     def _early(
@@ -134,29 +145,58 @@ def layers_of(ee: Any) -> Sequence[nn.Module]:
     return list(found)
 
 
-@contextmanager
-def lora(model: Any, config: FitConfig) -> Iterator[nn.Module]:
-    """The model with LoRA in the linear layers of its decoder, which is merged at the end.
+def check_backbone(ee: Any) -> None:
+    """Raises if LoRA and layer dropout find no place in the model.
 
     Raises:
-        ConfigError: PEFT is not installed.
+        ConfigError: Its layers are not the members of one list, have no linear layers, or hold
+            adapters already, which a merge would take along.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        hint = "pip install 'adept-fx[train]'"
-        raise ConfigError('backbone="lora" needs peft', hint=hint) from error
+    inner = {module for layer in layers_of(ee) for module in layer.modules()}
+    if any(hasattr(module, "base_layer") for module in inner):
+        raise ConfigError(
+            f"{type(ee).__name__} has adapters of PEFT in its layers",
+            hint="merge them first (merge_and_unload), then transform",
+        )
+    if not _linear_names(ee, ee):
+        raise ConfigError(f"the layers of {type(ee).__name__} hold no linear layers for LoRA")
+
+
+def _linear_names(model: nn.Module, ee: Any) -> list[str]:
+    inner = {module for layer in layers_of(ee) for module in layer.modules()}
+    named = model.named_modules()
+    return [name for name, m in named if m in inner and isinstance(m, (nn.Linear, Conv1D))]
+
+
+@contextmanager
+def lora(model: Any, ee: Any, config: FitConfig) -> Iterator[nn.Module]:
+    """The model with LoRA in the linear layers of its layers.
+
+    It is merged into the weights at the end, and taken out again if the training fails: a second
+    try starts from the same weights.
+
+    Args:
+        model: The plain model.
+        ee: The rewritten one, whose layers it shares.
+        config: How to train.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    names = _linear_names(model, ee)
     settings = LoraConfig(
-        r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear"
+        r=config.lora_rank,
+        lora_alpha=2 * config.lora_rank,
+        target_modules=names,
+        fan_in_fan_out=isinstance(model.get_submodule(names[0]), Conv1D),
     )
-    wrapped = get_peft_model(model, settings)
-    trained = [p for p in wrapped.parameters() if p.requires_grad]
-    dtype = trained[0].dtype
-    for parameter in trained:
-        parameter.data = parameter.data.float()
+    set_seed(config.seed)  # LoRA begins at random
+    wrapped: Any = get_peft_model(model, settings)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:  # half precision would round the steps of an optimizer away
+            parameter.data = parameter.data.float()
     try:
         yield wrapped
-    finally:
-        for parameter in trained:
-            parameter.data = parameter.data.to(dtype)
-        wrapped.merge_and_unload()
+    except BaseException:
+        wrapped.unload()
+        raise
+    wrapped.merge_and_unload()

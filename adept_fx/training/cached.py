@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from adept_fx.errors import ConfigError, InputError
+from adept_fx.errors import InputError
 from adept_fx.gates.base import FEATURES, GateInputs
 from adept_fx.training.config import FitConfig
-from adept_fx.training.examples import Examples, batch
+from adept_fx.training.examples import Examples, batch, pad_token
+from adept_fx.training.identity import digest, read_json, write_json
 from adept_fx.training.observe import Observation, observe
 
 _INDEX = "states.json"
 _STORED = ("hidden", *FEATURES)
 # numpy knows no bfloat16: two bytes are two bytes.
-_PLAIN = {torch.bfloat16: np.int16, torch.float16: np.int16, torch.float32: np.float32}
+_PLAIN = {
+    torch.bfloat16: np.int16,
+    torch.float16: np.int16,
+    torch.float32: np.float32,
+    torch.float64: np.float64,
+    torch.long: np.int64,
+}
 
 
 class States(Dataset[Observation]):
@@ -54,41 +62,67 @@ def one(items: Sequence[Observation]) -> dict[str, Observation]:
     return {"observation": items[0]}
 
 
-def write_states(ee: Any, examples: Examples, config: FitConfig, folder: Path) -> None:
+def write_states(
+    ee: Any, examples: Examples, config: FitConfig, folder: Path, key: dict[str, Any]
+) -> None:
     """Runs texts through the model and keeps the states; goes on where it was cut off.
+
+    Of several processes the first one writes, while the others wait.
 
     Args:
         ee: The rewritten model.
         examples: The texts.
         config: How many, and in which batches.
         folder: Where to write.
+        key: What the model is: see :func:`~adept_fx.training.identity.identity`.
 
     Raises:
-        ConfigError: A gate asks for what is not kept, or the folder holds states of something else.
+        ConfigError: The folder holds states of something else.
         InputError: There are no tokens.
     """
-    for gate in ee.adept.gate_list():
-        missing = sorted(gate.needs - set(FEATURES))
-        if missing:
-            raise ConfigError(
-                f"gate {type(gate).__name__} reads {', '.join(missing)}, which is not cached",
-                hint='use mode="online"',
-            )
     folder.mkdir(parents=True, exist_ok=True)
-    key = _key(ee, examples, config)
-    index = _begin(folder, key)
-    step = config.batch_size
+    needs = [sorted(gate.needs & {*FEATURES}) for gate in ee.adept.gate_list()]
+    key = key | {
+        "dtype": str(ee.dtype),
+        "needs": needs,
+        "texts": digest(examples.texts),
+        "classes": examples.labels,
+        "batch": config.batch_size,
+        "most": config.cached_tokens,
+    }
+    with _first(ee.device):
+        _write(ee, examples, config, folder, key)
+
+
+def _write(
+    ee: Any, examples: Examples, config: FitConfig, folder: Path, key: dict[str, Any]
+) -> None:
+    new: dict[str, Any] = {"key": key, "kinds": {}, "count": 0, "texts": 0}
+    index = read_json(folder / _INDEX, key, "states", "cache_dir") or new
     while index["texts"] < len(examples) and index["count"] < config.cached_tokens:
         at = index["texts"]
-        items = [examples[i] for i in range(at, min(at + step, len(examples)))]
-        given = {name: value.to(ee.device) for name, value in batch(items).items()}
+        items = [examples[i] for i in range(at, min(at + config.batch_size, len(examples)))]
+        given = batch(items, pad_token(ee))
+        given = {name: value.to(ee.device) for name, value in given.items()}
         with torch.no_grad():
             seen = observe(ee, given, tokens=config.cached_tokens - index["count"], seed=None)
         _Files(folder, index).append(seen)
         index |= {"count": index["count"] + len(seen.targets), "texts": at + len(items)}
-        _note(folder, index)
+        write_json(folder / _INDEX, index)
     if not index["count"]:
         raise InputError("the texts have no tokens to keep the states of")
+
+
+@contextmanager
+def _first(device: torch.device) -> Iterator[None]:
+    """Lets the first of several processes go first."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield
+        return
+    from accelerate import PartialState
+
+    with PartialState(cpu=device.type == "cpu").main_process_first():
+        yield
 
 
 class _Files:
@@ -100,6 +134,8 @@ class _Files:
         self.count: int = index["count"]
 
     def append(self, seen: Observation) -> None:
+        if not len(seen.targets):
+            return
         for name, value in _values(seen).items():
             dtype = str(value.dtype).removeprefix("torch.")
             self.kinds[name] = {"shape": list(value.shape[1:]), "dtype": dtype}
@@ -107,7 +143,7 @@ class _Files:
             plain = plain.view(torch.int16) if value.dtype.itemsize == 2 else plain
             with (self.folder / f"{name}.bin").open("r+b" if self.count else "wb") as file:
                 # What a cut-off run wrote behind its last note is written again.
-                file.seek(self.count * plain[:1].nbytes if len(plain) else 0)
+                file.seek(self.count * plain[:1].nbytes)
                 file.write(plain.numpy().tobytes())
                 file.truncate()
 
@@ -134,7 +170,7 @@ class _Files:
     def _rows(self, name: str, rows: Any) -> Tensor:
         kind = self.kinds[name]
         dtype: torch.dtype = getattr(torch, kind["dtype"])
-        plain = np.int64 if dtype == torch.long else _PLAIN[dtype]
+        plain = _PLAIN[dtype]
         shape = (self.count, *kind["shape"])
         whole = np.memmap(self.folder / f"{name}.bin", plain, mode="r", shape=shape)
         return torch.from_numpy(np.ascontiguousarray(whole[rows])).view(dtype)
@@ -148,42 +184,3 @@ def _values(seen: Observation) -> dict[str, Tensor]:
             if value is not None:
                 found[f"exit_{inputs.exit_index}_{name}"] = value
     return found
-
-
-def _key(ee: Any, examples: Examples, config: FitConfig) -> dict[str, Any]:
-    """What the states depend on."""
-    weight = ee.get_input_embeddings().weight
-    return {
-        "model": type(ee).__name__,
-        "weights": float(weight.detach().float().sum()),
-        "exits": list(ee.adept.config.exit_layers),
-        "needs": [sorted(gate.needs) for gate in ee.adept.gate_list()],
-        "texts": len(examples),
-        "tokens": sum(int(text.sum()) for text in examples.texts),
-        "batch": config.batch_size,
-        "most": config.cached_tokens,
-    }
-
-
-def _begin(folder: Path, key: dict[str, Any]) -> dict[str, Any]:
-    file = folder / _INDEX
-    if not file.exists():
-        return {"key": key, "kinds": {}, "count": 0, "texts": 0}
-    try:
-        index: dict[str, Any] = json.loads(file.read_text("utf-8"))
-        same = index["key"] == key
-    except (ValueError, KeyError, TypeError):
-        same = False
-    if not same:
-        raise ConfigError(
-            f"{folder} holds states of another model, text or configuration",
-            hint="name another cache_dir, or delete this one",
-        )
-    return index
-
-
-def _note(folder: Path, index: dict[str, Any]) -> None:
-    """Whole or not at all, whenever the run is cut off."""
-    new = folder / f"{_INDEX}.new"
-    new.write_text(json.dumps(index), "utf-8")
-    os.replace(new, folder / _INDEX)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as short
@@ -50,7 +50,7 @@ class FitConfig:
         compute_weight: Weight of all layers.
         steps: Optimizer steps.
         batch_size: Texts per step, on each device.
-        length: Longest piece of text, in tokens.
+        length: Longest piece of text, in tokens; at least 2.
         tokens_per_step: At how many tokens of a step's texts exits are trained, chosen at random:
             the head is applied to each of them once per exit point.
         learning_rate: Peak of adapters and maps (AdamW; warmed up over 5 %, then cosine).
@@ -105,7 +105,8 @@ class FitConfig:
     def __post_init__(self) -> None:
         """Checks all that needs no model."""
         if self.train is not None:
-            chosen = (self.train,) if isinstance(self.train, str) else tuple(self.train)
+            one = isinstance(self.train, str) or not isinstance(self.train, Iterable)
+            chosen = (self.train,) if one else tuple(self.train)
             unknown = [part for part in chosen if part not in PARTS]
             if unknown or not chosen:
                 hint = f"known: {', '.join(PARTS)}"
@@ -121,6 +122,13 @@ class FitConfig:
             _check_count("backbone_steps", self.backbone_steps)
         for name in _NUMBERS:
             _check_number(name, getattr(self, name))
+        _check_count("seed", self.seed, least=0)
+        _check_count("length", self.length, least=2)
+        if not isinstance(self.trainer, Mapping):
+            raise ConfigError(
+                f"trainer must map names to values, not {short(self.trainer)}",
+                hint='for example: trainer={"logging_steps": 10}',
+            )
         if self.layer_dropout >= 1:
             raise ConfigError(f"layer_dropout must be below 1, not {self.layer_dropout}")
         self._check_mode()
@@ -137,9 +145,9 @@ class FitConfig:
             )
 
 
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} must be a whole number of at least 1, not {short(value)}")
+def _check_count(name: str, value: object, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**32:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, not {short(value)}")
 
 
 def _check_number(name: str, value: object) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from adept_fx.errors import InputError
-from adept_fx.texts import texts_of
+from adept_fx.texts import rows_of, texts_of
 
 _LABELS = ("labels", "label")
 
@@ -47,40 +47,52 @@ def examples_of(dataset: Iterable[Any], count: int, length: int, *, classes: boo
     """
     if not classes:
         found = Examples(list(texts_of(dataset, count * length, length)))
-        labels: list[int] | None = None
     else:
         texts: list[Tensor] = []
-        labels = []
+        labels: list[int | None] = []
         for number, item in enumerate(dataset):
             if len(texts) == count:
                 break
             texts.append(_ids(item, number)[:length])
             labels.append(_label(item, number))
-        found = Examples(texts, labels if None not in labels else None)
+        known = [label for label in labels if label is not None]
+        found = Examples(texts, known if len(known) == len(texts) else None)
     if not len(found):
         raise InputError("the dataset is empty", hint="give texts of at least two tokens")
     return found
 
 
 def _ids(item: Any, number: int) -> Tensor:
-    (ids,) = texts_of([item], tokens=1 << 60, length=1 << 60)
-    return ids
+    rows = list(rows_of(item, number))
+    if len(rows) != 1 or not len(rows[0]):
+        raise InputError(f"item {number} of the dataset is not one text with at least one token")
+    return rows[0]
 
 
-def _label(item: Any, number: int) -> Any:
+def _label(item: Any, number: int) -> int | None:
     for name in _LABELS:
-        if hasattr(item, "keys") and name in item:
+        if not hasattr(item, "keys") or name not in item or item[name] is None:
+            continue
+        try:
             value = torch.as_tensor(item[name])
-            if value.numel() != 1 or value.is_floating_point():
-                raise InputError(f"item {number} of the dataset has a label that is no class index")
-            return int(value)
+        except (TypeError, ValueError, RuntimeError):
+            value = torch.empty(0)
+        if value.numel() != 1 or value.is_floating_point():
+            raise InputError(f"item {number} of the dataset has a label that is no class index")
+        return int(value)
     return None
 
 
-def batch(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def pad_token(ee: Any) -> int:
+    """What texts are padded with: heads that pool a row look for the config's token."""
+    token = getattr(ee.config, "pad_token_id", None)
+    return token if isinstance(token, int) and token >= 0 else 0
+
+
+def batch(items: Sequence[dict[str, Tensor]], pad: int) -> dict[str, Tensor]:
     """Pads texts on the right: ``input_ids`` and ``attention_mask [B, S]``, ``labels [B]``."""
     longest = max(len(item["input_ids"]) for item in items)
-    ids = torch.zeros(len(items), longest, dtype=torch.long)
+    ids = torch.full((len(items), longest), pad)
     mask = torch.zeros_like(ids)
     for row, item in enumerate(items):
         text = item["input_ids"]

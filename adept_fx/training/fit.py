@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from torch.distributed.tensor import DTensor
-
-from adept_fx.errors import ConfigError, UnsupportedModelError
+from adept_fx.errors import ConfigError, InputError
 from adept_fx.files import require_matplotlib, require_writable
 from adept_fx.rewrite import restore
 from adept_fx.runtime.handle import Adept
-from adept_fx.training.backbone import Backbone, layers_of, lora
+from adept_fx.training.backbone import Backbone, check_backbone, lora
 from adept_fx.training.cached import States, one, write_states
 from adept_fx.training.config import FitConfig
-from adept_fx.training.examples import Examples, batch, examples_of
+from adept_fx.training.examples import Examples, batch, examples_of, pad_token
 from adept_fx.training.exits import check_quality
+from adept_fx.training.guard import as_before, flags_kept, refuse_split, require_packages
+from adept_fx.training.identity import identity
 from adept_fx.training.result import FitResult
 from adept_fx.training.trainee import Trainee, only_trainable, parts_of
 from adept_fx.training.trainer import check_arguments, run
@@ -51,23 +51,27 @@ def fit(ee: Any, dataset: Iterable[Any], config: FitConfig | None = None) -> Fit
     config = FitConfig() if config is None else config
     _check(ee, config)
     parts = parts_of(ee, config)
-    began, training = time.perf_counter(), ee.training
+    began = time.perf_counter()
     examples = _examples(ee, dataset, config)
-    ee.eval()
-    try:
-        backbone = _fit_backbone(ee, examples, config) if config.backbone else []
-        history = _fit_exits(ee, examples, config, parts) if parts else []
-    finally:
-        ee.train(training)
+    key = identity(ee, config)
+    with as_before(ee):
+        backbone = _fit_backbone(ee, examples, config, key) if config.backbone else []
+        history = _fit_exits(ee, examples, config, parts, key) if parts else []
     seconds = time.perf_counter() - began
     exits = ee.adept.config.exit_layers
-    result = FitResult(parts, exits, config.steps, seconds, history, backbone)
+    steps = int((history or backbone)[-1]["step"])
+    result = FitResult(parts, exits, steps, seconds, history, backbone)
     if config.plot is not None:
         result.plot(config.plot)
     return result
 
 
 def _check(ee: Any, config: FitConfig) -> None:
+    if not isinstance(config, FitConfig):
+        raise ConfigError(
+            f"fit takes a FitConfig, not {type(config).__name__}",
+            hint="write adept_fx.FitConfig(steps=...)",
+        )
     if not isinstance(getattr(ee, "adept", None), Adept):
         raise ConfigError("fit takes a rewritten model", hint="adept_fx.transform(model, config)")
     if ee.adept.compiled:
@@ -77,34 +81,12 @@ def _check(ee: Any, config: FitConfig) -> None:
     refuse_split(ee)
     check_arguments(config)
     check_quality(ee, config)
+    require_packages(config)
     if config.backbone:
-        layers_of(ee)
+        check_backbone(ee)
     if config.plot is not None:
         require_writable(Path(config.plot))
         require_matplotlib()
-
-
-def refuse_split(model: nn.Module) -> None:
-    """Raises if parameters are split over devices.
-
-    Raises:
-        UnsupportedModelError: Names a parameter, and what splits it.
-    """
-    for name, module in model.named_modules():
-        if type(module).__name__ in ("FullyShardedDataParallel", "FSDPModule"):
-            raise _split(f"module {name or 'model'}", "FSDP")
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
-            raise _split(f"parameter {name}", "FSDP or a tensor-parallel plan")
-        if hasattr(parameter, "ds_id"):
-            raise _split(f"parameter {name}", "DeepSpeed ZeRO-3")
-
-
-def _split(what: str, by: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"{what} is split over devices by {by}: a captured graph needs whole parameters",
-        hint="train on one device, or with DDP (torchrun), where each device has them all",
-    )
 
 
 def _examples(ee: Any, dataset: Iterable[Any], config: FitConfig) -> Examples:
@@ -112,51 +94,57 @@ def _examples(ee: Any, dataset: Iterable[Any], config: FitConfig) -> Examples:
     wanted = steps * config.batch_size
     if config.mode == "cached":
         wanted = max(wanted, -(-config.cached_tokens // config.length))
-    return examples_of(dataset, wanted, config.length, classes=ee.adept.pools)
+    found = examples_of(dataset, wanted, config.length, classes=ee.adept.pools)
+    if config.backbone and ee.adept.pools and found.labels is None:
+        raise InputError(
+            "a classifier's own training needs the class of every text",
+            hint="give items with input_ids and labels",
+        )
+    return found
 
 
 def _fit_exits(
-    ee: Any, examples: Examples, config: FitConfig, parts: tuple[str, ...]
+    ee: Any, examples: Examples, config: FitConfig, parts: tuple[str, ...], key: dict[str, Any]
 ) -> list[dict[str, float]]:
     data: Any = examples
-    collate: Any = batch
+    collate: Any = partial(batch, pad=pad_token(ee))
     batch_size = config.batch_size
     if config.mode == "cached":
         folder = Path(config.cache_dir or ".")
-        write_states(ee, examples, config, folder)
+        write_states(ee, examples, config, folder, key)
         exits = len(ee.adept.config.exit_layers)
         data = States(folder, exits, config.steps, config.tokens_per_step, config.seed)
         collate, batch_size = one, 1
     with only_trainable(ee, parts):
-        trainee = Trainee(ee, config, parts)
         return run(
-            trainee,
+            Trainee(ee, config, parts),
             data,
             collate,
             config,
             steps=config.steps,
             batch_size=batch_size,
             learning_rate=config.learning_rate,
-            use_cpu=ee.device.type == "cpu",
+            device=ee.device,
             place="exits",
+            key=key | {"parts": list(parts)},
         )
 
 
-def _fit_backbone(ee: Any, examples: Examples, config: FitConfig) -> list[dict[str, float]]:
-    flags = [(parameter, parameter.requires_grad) for parameter in ee.parameters()]
-    try:
-        with lora(restore(ee), config) as model:
-            return run(
-                Backbone(model, ee, config),
-                examples,
-                batch,
-                config,
-                steps=config.backbone_steps or config.steps,
-                batch_size=config.batch_size,
-                learning_rate=config.backbone_learning_rate,
-                use_cpu=ee.device.type == "cpu",
-                place="backbone",
-            )
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+def _fit_backbone(
+    ee: Any, examples: Examples, config: FitConfig, key: dict[str, Any]
+) -> list[dict[str, float]]:
+    plain = restore(ee)
+    _ = ee.adept.graph  # captured now: the early exits' norm is that of the model without LoRA
+    with flags_kept(ee), lora(plain, ee, config) as model:
+        return run(
+            Backbone(model, ee, config),
+            examples,
+            partial(batch, pad=pad_token(ee)),
+            config,
+            steps=config.backbone_steps or config.steps,
+            batch_size=config.batch_size,
+            learning_rate=config.backbone_learning_rate,
+            device=ee.device,
+            place="backbone",
+            key=key,
+        )

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
 from adept_fx.gates.base import Gate, GateInputs
 from adept_fx.runtime.handle import Adept
-from adept_fx.training.observe import last_states
+from adept_fx.training.observe import last_states, other_gates
 
 
 class _Random(Gate):
@@ -32,18 +31,12 @@ class _Random(Gate):
         return chance.float().to(tokens.hidden.device)
 
 
-@contextmanager
-def random_exits(adept: Adept, share: float, generator: torch.Generator) -> Iterator[None]:
+def random_exits(
+    adept: Adept, share: float, generator: torch.Generator
+) -> AbstractContextManager[None]:
     """Every token leaves at each exit point by that chance, in the dense plan."""
-    gates, plan = adept.gates, adept.plan
-    thresholds = adept.thresholds, adept.prefill_thresholds
-    adept.gates = nn.ModuleList([_Random(share, generator) for _ in gates])
-    adept.plan, adept.thresholds, adept.prefill_thresholds = "dense", 0.5, 0.5
-    try:
-        yield
-    finally:
-        adept.gates, adept.plan = gates, plan
-        adept.thresholds, adept.prefill_thresholds = thresholds
+    gates = [_Random(share, generator) for _ in adept.gates]
+    return other_gates(adept, gates, threshold=0.5)
 
 
 class KVLoss:

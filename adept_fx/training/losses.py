@@ -79,8 +79,11 @@ def preference_loss(
 
 
 def _cross_entropy(score: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-    # Gates return probabilities, which round to 0 and 1: their logarithm must stay finite.
-    return F.binary_cross_entropy(score.float().clamp(_SURE, 1 - _SURE), target, weight)
+    # Gates return probabilities, which round to 0 and 1: their logarithm must stay finite. Not by
+    # F.binary_cross_entropy, which autocast forbids on CUDA.
+    sure = score.float().clamp(_SURE, 1 - _SURE)
+    loss = -(target * sure.log() + (1 - target) * (-sure).log1p())
+    return (loss if weight is None else loss * weight).sum() / max(len(loss), 1)
 
 
 def class_loss(said: Said) -> Tensor:

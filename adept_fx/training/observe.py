@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -54,7 +54,8 @@ class _Recorder(Gate):
 
     def __init__(self, gate: Gate) -> None:
         super().__init__()
-        self.needs = gate.needs
+        # Logits are made later, of the tokens that are kept.
+        self.needs = gate.needs - {"logits"}
         self.seen: list[GateInputs] = []
 
     def forward(self, tokens: GateInputs) -> Tensor:
@@ -63,15 +64,18 @@ class _Recorder(Gate):
 
 
 @contextmanager
-def recording(adept: Adept) -> Iterator[list[_Recorder]]:
-    """Puts recorders in the place of the gates."""
-    gates, plan = adept.gates, adept.plan
-    recorders = [_Recorder(gate) for gate in adept.gate_list()]
-    adept.gates, adept.plan = nn.ModuleList(recorders), "dense"
+def other_gates(adept: Adept, gates: Sequence[Gate], threshold: float) -> Iterator[None]:
+    """Puts gates in the place of those that there are, in the dense plan."""
+    kept, plan = adept.gates, adept.plan
+    thresholds = adept._thresholds, adept._prefill_thresholds
+    count = len(gates)
     try:
-        yield recorders
+        adept.gates, adept.plan = nn.ModuleList(gates), "dense"
+        adept._thresholds = adept._prefill_thresholds = (threshold,) * count
+        yield
     finally:
-        adept.gates, adept.plan = gates, plan
+        adept.gates, adept.plan = kept, plan
+        adept._thresholds, adept._prefill_thresholds = thresholds
 
 
 @contextmanager
@@ -105,9 +109,10 @@ def observe(ee: Any, batch: dict[str, Tensor], *, tokens: int, seed: Tensor | No
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]
     classes = classifies(ee)
-    known = {"use_cache": False} | ({} if classes else {"logits_to_keep": 1})
-    with recording(ee.adept) as recorders, last_states(ee.adept.decoder) as states:
-        ee(input_ids=ids, attention_mask=mask, **known)
+    recorders = [_Recorder(gate) for gate in ee.adept.gate_list()]
+    decoder = ee.adept.decoder
+    with other_gates(ee.adept, recorders, threshold=1.0), last_states(decoder) as states:
+        decoder(input_ids=ids, attention_mask=mask, use_cache=False)
     final = states[0].flatten(0, 1)
     inputs = [recorder.seen[0] for recorder in recorders]
     place = inputs[0].batch_index * ids.shape[1] + inputs[0].token_index

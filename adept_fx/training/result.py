@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,18 +56,21 @@ class FitResult:
         require_matplotlib()
         from matplotlib.figure import Figure
 
-        make: Any = Figure
-        figure = make(figsize=(12, 4), layout="constrained")
-        panels: Any = figure.subplots(1, 3)
-        groups = (
-            ("loss", lambda name: name == "loss" or "loss_" in name or name.startswith("k")),
+        figure: Any = Figure(figsize=(12, 4), layout="constrained")
+        panels = figure.subplots(1, 3)
+        history = self.history or self.backbone
+        groups: tuple[tuple[str, Callable[[str], bool]], ...] = (
+            (
+                "loss",
+                lambda name: name != "train_loss" and ("loss" in name or name.startswith("k")),
+            ),
             ("agreement", lambda name: name.startswith("agreement_")),
             ("T, nats (quality)", lambda name: name.startswith("T_")),
         )
         for panel, (title, wanted) in zip(panels, groups, strict=True):
-            names = dict.fromkeys(n for entry in self.history for n in entry if wanted(n))
+            names = dict.fromkeys(n for entry in history for n in entry if wanted(n))
             for name in names:
-                points = [(e["step"], e[name]) for e in self.history if name in e]
+                points = [(e["step"], e[name]) for e in history if name in e]
                 share = self.last(f"C_{name.rpartition('_')[2]}")
                 label = f"{name} (C {share:.2f})" if name.startswith("T_") else name
                 panel.plot([x for x, _ in points], [y for _, y in points], label=label)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from adept_fx.errors import ConfigError
 from adept_fx.training.config import FitConfig
 from adept_fx.training.exits import ExitLoss, learns
+from adept_fx.training.guard import flags_kept
 from adept_fx.training.kv import KVLoss
 from adept_fx.training.observe import Observation, observe
 
@@ -122,20 +123,20 @@ def only_trainable(ee: Any, parts: tuple[str, ...]) -> Iterator[None]:
 
     Half precision would round the steps of an optimizer away. What was before comes back.
     """
-    flags = [(parameter, parameter.requires_grad) for parameter in ee.parameters()]
     modules = list(trained_modules(ee, parts).values())
     trained = [parameter for module in modules for parameter in module.parameters()]
-    dtypes = [parameter.dtype for parameter in trained]
-    for parameter, _ in flags:
-        parameter.requires_grad_(False)
-    for parameter in trained:
-        parameter.requires_grad_(True)
-        parameter.data = parameter.data.float()
-    try:
-        yield
-    finally:
-        for parameter, dtype in zip(trained, dtypes, strict=True):
-            parameter.data = parameter.data.to(dtype)
-            parameter.grad = None
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+    before = [(parameter.dtype, parameter.grad) for parameter in trained]
+    with flags_kept(ee):
+        try:
+            ee.requires_grad_(False)
+            for parameter in trained:
+                parameter.grad = None
+                wide = torch.promote_types(parameter.dtype, torch.float32)
+                parameter.data = parameter.data.to(wide)
+                parameter.requires_grad_(True)
+            yield
+        finally:
+            for parameter, (dtype, grad) in zip(trained, before, strict=True):
+                parameter.grad = None
+                parameter.data = parameter.data.to(dtype)
+                parameter.grad = grad
