@@ -57,6 +57,7 @@ def fit(ee: Any, dataset: Iterable[Any], config: FitConfig | None = None) -> Fit
     with as_before(ee):
         backbone = _fit_backbone(ee, examples, config, key) if config.backbone else []
         history = _fit_exits(ee, examples, config, parts, key) if parts else []
+    ee.adept.calibration = None  # what was promised was promised of other exits
     seconds = time.perf_counter() - began
     exits = ee.adept.config.exit_layers
     steps = int((history or backbone)[-1]["step"])

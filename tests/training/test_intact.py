@@ -53,6 +53,12 @@ def test_all_is_as_before(used: Any) -> None:
     assert _state(used) == before
 
 
+def test_a_promise_does_not_outlive_its_exits(used: Any) -> None:
+    used.adept.calibration = {"target": 0.97}  # of the exits as they were
+    adept_fx.fit(used, texts(16, 1), settings())
+    assert used.adept.calibration is None
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["training_step", "create_scheduler"])
 def test_also_if_training_fails(
