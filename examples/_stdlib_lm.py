@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -37,6 +37,8 @@ _LARGEST_FILE = 200_000
 class Settings:
     """Everything that decides what is trained; its hash names the cache entry."""
 
+    name: ClassVar[str] = "quickstart"
+
     layers: int = 8
     hidden: int = 128
     heads: int = 4
@@ -60,12 +62,19 @@ class Settings:
 
 def stdlib_texts(held_out: bool) -> list[str]:
     """The standard library's modules: those to train on, or those kept out of training."""
+    files = stdlib_files().items()
+    return [text for f, text in files if (f.parent == Path() and f.name in HELD_OUT) == held_out]
+
+
+def stdlib_files() -> dict[Path, str]:
+    """The text of the standard library's modules, by their path in it; some are left out."""
     root = Path(sysconfig.get_path("stdlib"))
     files = (f for f in root.rglob("*.py") if not _LEFT_OUT & set(f.relative_to(root).parts))
-    chosen = sorted(f for f in files if (f.parent == root and f.name in HELD_OUT) == held_out)
-    return [
-        f.read_text("utf-8", errors="replace") for f in chosen if f.stat().st_size <= _LARGEST_FILE
-    ]
+    return {
+        f.relative_to(root): f.read_text("utf-8", errors="replace")
+        for f in sorted(files)
+        if f.stat().st_size <= _LARGEST_FILE
+    }
 
 
 def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
@@ -114,7 +123,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
 def cache_folder(settings: Settings) -> Path:
     """Where the model that these settings make is kept."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "adept-fx" / f"quickstart-{settings.digest()}"
+    return Path(root) / "adept-fx" / f"{settings.name}-{settings.digest()}"
 
 
 def keep(folder: Path, model: Any, tokenizer: Any, figures: dict[str, float]) -> None:
