@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adept_fx import gates
+    from adept_fx.calibration.calibrate import calibrate
     from adept_fx.config import ExitConfig
     from adept_fx.errors import AdeptError
     from adept_fx.report.explain import explain
@@ -25,6 +26,7 @@ __all__ = [
     "ExitConfig",
     "FitConfig",
     "__version__",
+    "calibrate",
     "explain",
     "fit",
     "gates",
@@ -37,6 +39,7 @@ _HOME = {
     "AdeptError": "adept_fx.errors",
     "ExitConfig": "adept_fx.config",
     "FitConfig": "adept_fx.training.config",
+    "calibrate": "adept_fx.calibration.calibrate",
     "explain": "adept_fx.report.explain",
     "fit": "adept_fx.training.fit",
     "restore": "adept_fx.rewrite",

@@ -107,7 +107,7 @@ class ExitAwareForward:
         if settings.compiled and visible is None:
             self._drop_masks(program, inputs, run)
         hidden = self._forward(program, run, inputs)
-        self.adept.record(run)
+        self.adept.record(run, hidden)
         output = program.output_type(last_hidden_state=hidden, past_key_values=cache)
         return output if call.return_dict else output.to_tuple()
 

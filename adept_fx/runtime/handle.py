@@ -23,6 +23,7 @@ from adept_fx.runtime.head import Head
 from adept_fx.runtime.plan import PLANS
 from adept_fx.runtime.run import Run, Settings
 from adept_fx.runtime.stats import Stats
+from adept_fx.runtime.watch import Observer
 
 if TYPE_CHECKING:
     from adept_fx.report.explanation import Explanation
@@ -44,6 +45,8 @@ class Adept(nn.Module):
             layers if none was skipped, 0 for padding; None before the first forward.
         calibration: What :func:`adept_fx.calibrate` found, as JSON types: per phase, the promise
             that the thresholds keep. None if it has not been called.
+        online: What moves the thresholds while the model runs, see
+            :class:`~adept_fx.calibration.online.BetaMixture`; None switches it off.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Adept(nn.Module):
         self.stats = Stats(config.exit_layers)
         self.last_depth: Tensor | None = None
         self.calibration: dict[str, Any] | None = None
+        self.online: Observer | None = None
         self._thresholds = config.thresholds
         self._prefill_thresholds = config.prefill_thresholds
         self._plan = "auto"
@@ -170,6 +174,11 @@ class Adept(nn.Module):
         finally:
             self._disabled -= 1
 
+    @property
+    def exits_are_off(self) -> bool:
+        """Whether we are inside of :meth:`disabled`."""
+        return self._disabled > 0
+
     def compile(self, mode: str | None = None, **options: Any) -> None:
         """Compiles the graph in place: ``generate()`` and every other call use it.
 
@@ -213,7 +222,7 @@ class Adept(nn.Module):
     def settings(self, program: Program, tokens: int) -> Settings:
         """What a call with ``tokens`` new tokens per row runs with."""
         thresholds = self._prefill_thresholds if tokens > 1 else self._thresholds
-        return Settings(
+        settings = Settings(
             exits=self.config.exit_layers,
             gates=() if self._disabled else tuple(self.gate_list()),
             thresholds=thresholds,
@@ -225,6 +234,9 @@ class Adept(nn.Module):
             compiled=self._forward.compiled,
             costs=self._forward.costs,
         )
+        if self.online is None or self._disabled or self.training:
+            return settings
+        return self.online.enter(settings, tokens)
 
     def early_logits(
         self, hidden: Tensor, exit_index: int, program: Program | None = None
@@ -274,12 +286,14 @@ class Adept(nn.Module):
             raise InputError("the model's head gives no result per row for these arguments")
         return found
 
-    def record(self, run: Run) -> None:
-        """Keeps the statistics of a finished forward."""
+    def record(self, run: Run, hidden: Tensor) -> None:
+        """Keeps the statistics of a finished forward with final states ``hidden [B, S, D]``."""
         total = run.real_count * run.settings.num_layers
         needed = int(run.depth.sum())
         self.stats.add(run.phase, run.seen, run.exited, run.executed, needed, total)
         self.last_depth = run.depth
+        if self.online is not None:
+            self.online.leave(self, run, hidden)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The handle is no layer.

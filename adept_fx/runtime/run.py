@@ -5,7 +5,7 @@ Everything that a call needs lives here and dies with it, so that threads may sh
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from adept_fx.runtime.plan import bucket, profitable
 from adept_fx.runtime.rows import share_row, take
 from adept_fx.runtime.scores import check_scores
 from adept_fx.runtime.tokens import Tokens
+from adept_fx.runtime.watch import Watch
 
 _HIDDEN = TokenAxes(batch=0, token=1)
 _HEADS = TokenAxes(batch=0, token=2)
@@ -39,6 +40,7 @@ class Settings:
         adapters: Exit adapters, one per exit point; empty if there are none.
         compiled: Whether the stages are compiled.
         costs: What a layer costs here; None if that was not measured.
+        watch: Looks on; None if nobody does.
     """
 
     exits: tuple[int, ...]
@@ -46,10 +48,11 @@ class Settings:
     thresholds: tuple[float, ...]
     plan: str
     num_layers: int
-    logits: Callable[[Tensor, int], Tensor]
+    logits: Callable[..., Tensor]
     adapters: tuple[nn.Module, ...] = ()
     compiled: bool = False
     costs: Costs | None = None
+    watch: Watch | None = None
 
     @property
     def may_exit(self) -> bool:
@@ -213,9 +216,24 @@ class Run:
         else:
             inputs = self._gate_inputs(gate, tokens, exit_index, hidden, features, live)
             scores = check_scores(gate(inputs), live_count, gate)
+        if self.settings.watch is not None:
+            states, positions = self._live_states(tokens, hidden, live)
+            logits = partial(self.settings.logits, exit_index=exit_index)
+            self.settings.watch.see(positions, scores, states, logits)
         threshold = self.settings.thresholds[exit_index]
         # Softmax scores reach exactly 1.0 and a gate may overshoot: 1.0 means never.
         return None if threshold >= 1.0 else scores.float() > threshold
+
+    def _live_states(
+        self, tokens: Tokens, hidden: Tensor, live: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """States ``[N, D]`` and positions ``[N]`` of live tokens."""
+        if tokens.index is not None:
+            return hidden[0, : tokens.count], tokens.index[: tokens.count]
+        states = hidden.flatten(0, 1)
+        if live is None:
+            return states, torch.arange(len(states), device=hidden.device)
+        return states[live], live
 
     def _gate_inputs(
         self,

@@ -1,0 +1,1 @@
+"""`adept_fx.calibrate`: thresholds that keep a promise about quality."""
