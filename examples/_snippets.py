@@ -23,16 +23,16 @@ from _train import Muon, bfloat16_is_faster, choose_threads, progress_bar, sched
 
 _PACKAGES = 10
 _FEWEST_FILES = 5
-_HELD_OUT = 0.25
+_EVERY = 4
 
 
 @dataclass(frozen=True)
 class SnippetSettings(Settings):
-    """What is trained here; exits are the depths that get a loss of their own (DeeBERT)."""
+    """What is trained here: every layer gets a loss of its own (DeeBERT)."""
 
     name: ClassVar[str] = "classification"
 
-    layers: int = 16
+    layers: int = 12
     hidden: int = 128
     heads: int = 4
     mlp: int = 384
@@ -43,7 +43,6 @@ class SnippetSettings(Settings):
     seconds: float = 300.0
     muon_rate: float = 0.01
     adam_rate: float = 1e-2
-    exits: tuple[int, ...] = (1, 2, 4, 8)
     layer_dropout: float = 0.4
     language_weight: float = 0.3
 
@@ -55,25 +54,33 @@ class Snippets:
     ids: Tensor
     labels: Tensor
 
-    def items(self, shuffled: bool = False) -> list[dict[str, Any]]:
-        """As `adept_fx.fit` takes them."""
-        order = list(range(len(self.ids)))
-        if shuffled:
-            random.Random(0).shuffle(order)
-        return [{"input_ids": self.ids[i], "labels": int(self.labels[i])} for i in order]
+    def shuffled(self, seed: int) -> Snippets:
+        """The same in another order."""
+        order = torch.randperm(len(self.ids), generator=torch.Generator().manual_seed(seed))
+        return Snippets(self.ids[order], self.labels[order])
+
+    def split(self, at: int) -> tuple[Snippets, Snippets]:
+        """The first ones, and the others."""
+        (a, b), (c, d) = (self.ids[:at], self.ids[at:]), (self.labels[:at], self.labels[at:])
+        return Snippets(a, c), Snippets(b, d)
+
+    def items(self) -> list[dict[str, Any]]:
+        """As `adept_fx.fit` and `adept_fx.calibrate` take them."""
+        pairs = zip(self.ids, self.labels.tolist(), strict=True)
+        return [{"input_ids": ids, "labels": label} for ids, label in pairs]
 
 
 @dataclass(frozen=True)
 class Data:
-    """Files of ten packages: those to train on, and two parts that are kept out."""
+    """Files of ten packages, `(package, text)`: those to train on, and those that are kept out."""
 
     packages: tuple[str, ...]
     texts: list[tuple[int, str]]
-    held_out: tuple[list[tuple[int, str]], list[tuple[int, str]]]
+    held_out: list[tuple[int, str]]
 
 
 def load_data() -> Data:
-    """The packages with most text, file by file; a hash of its path says what a file is for."""
+    """The packages with most text; of each, every fourth file, by a hash of its path, is kept out."""
     files = {path: text for path, text in stdlib_files().items() if len(path.parts) > 1}
     counts = Counter(path.parts[0] for path in files)
     sizes: Counter[str] = Counter()
@@ -81,15 +88,14 @@ def load_data() -> Data:
         if counts[path.parts[0]] >= _FEWEST_FILES:
             sizes[path.parts[0]] += len(text)
     packages = tuple(name for name, _ in sizes.most_common(_PACKAGES))
-    training: list[tuple[int, str]] = []
-    first: list[tuple[int, str]] = []
-    second: list[tuple[int, str]] = []
-    for path, text in files.items():
-        if path.parts[0] in packages:
-            share = int(hashlib.sha256(path.as_posix().encode()).hexdigest()[:8], 16) / 2**32
-            chosen = training if share >= _HELD_OUT else first if share < _HELD_OUT / 2 else second
-            chosen.append((packages.index(path.parts[0]), text))
-    return Data(packages, training, (first, second))
+    data = Data(packages, [], [])
+    for label, package in enumerate(packages):
+        own = [path for path in files if path.parts[0] == package]
+        own.sort(key=lambda path: hashlib.sha256(path.as_posix().encode()).digest())
+        for number, path in enumerate(own):
+            part = data.held_out if number % _EVERY == 0 else data.texts
+            part.append((label, files[path]))
+    return data
 
 
 def cut(tokenizer: Any, texts: list[tuple[int, str]], length: int, start: int = 0) -> Snippets:
@@ -125,8 +131,8 @@ def new_model(settings: SnippetSettings, tokenizer: Any, classes: int) -> Any:
 class Trainer:
     """Trains all layers and exits together.
 
-    The loss is that of the package at each exit and behind the last layer, at every token of the
-    snippet, and that of the next token. Deeper layers are left out more often (LayerSkip).
+    The loss is that of the package behind each layer, at every token of the snippet, and that of
+    the next token. Deeper layers are left out more often (LayerSkip).
     """
 
     def __init__(self, model: Any, batches: Iterator[Snippets], settings: SnippetSettings) -> None:
@@ -151,14 +157,14 @@ class Trainer:
         for number, layer in enumerate(decoder.layers, start=1):
             if self.random.random() >= settings.layer_dropout * (number - 1) / settings.layers:
                 hidden = layer(hidden, position_ids=places, position_embeddings=rotary)
-            if number in settings.exits:
-                said = score(decoder.norm(hidden)[:, 8:]).float()
-                others = others + cross_entropy(said.flatten(0, 1), target)
+            said = score(decoder.norm(hidden)[:, 8:]).float().flatten(0, 1)
+            if number < settings.layers:
+                others = others + cross_entropy(said, target)
+        last = cross_entropy(said, target)
         hidden = decoder.norm(hidden)
-        last = cross_entropy(score(hidden[:, 8:]).float().flatten(0, 1), target)
         words = linear(hidden[:, :-1], decoder.embed_tokens.weight).float()
         spoken = cross_entropy(words.flatten(0, 1), batch.ids[:, 1:].flatten())
-        weighted = settings.exit_weight * others / len(settings.exits)
+        weighted = settings.exit_weight * others / (settings.layers - 1)
         return last, weighted + settings.language_weight * spoken
 
     def step(self, rate: float) -> None:

@@ -103,6 +103,8 @@ class CompiledStage:
 
     def _gate(self, tokens: Any) -> Gate | None:
         gates = tokens.run.settings.gates
+        if tokens.run.asks_pooled:
+            return None  # of all tokens it would compute scores that few of are read
         gate = gates[self.index] if self.index < len(gates) else None
         return gate if gate is not None and fuses(gate) else None
 
