@@ -80,7 +80,7 @@ class Data:
 
 
 def load_data() -> Data:
-    """The packages with most text; of each, every fourth file, by a hash of its path, is kept out."""
+    """The packages with most text; a hash of its path chooses every fourth file to be kept out."""
     files = {path: text for path, text in stdlib_files().items() if len(path.parts) > 1}
     counts = Counter(path.parts[0] for path in files)
     sizes: Counter[str] = Counter()
