@@ -111,6 +111,7 @@ def cut(tokenizer: Any, texts: list[tuple[int, str]], length: int, start: int = 
 
 def new_model(settings: SnippetSettings, tokenizer: Any, classes: int) -> Any:
     """An untrained classifier."""
+    numbers: Any = {"num_labels": classes}  # which LlamaConfig's signature does not name
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden,
@@ -122,7 +123,7 @@ def new_model(settings: SnippetSettings, tokenizer: Any, classes: int) -> Any:
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        num_labels=classes,
+        **numbers,
     )
     torch.manual_seed(settings.seed)
     return LlamaForSequenceClassification(config)

@@ -35,7 +35,7 @@ from adept_fx import ExitConfig, FitConfig
 from adept_fx.gates import Entropy, FixedDepth, Gate
 
 _ROUNDS = 5
-_FITTED_ON = 2560
+_FITTED_ON = 1536
 
 
 @dataclass(frozen=True)
