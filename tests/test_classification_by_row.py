@@ -1,4 +1,4 @@
-"""`leave="rows"`: gates are asked about the tokens that a row's result is made of, and no others."""
+"""`leave="rows"`: gates are asked about the tokens that a row's result is made of alone."""
 
 from __future__ import annotations
 

@@ -80,7 +80,12 @@ def rewritten(gate: str = "mlp", leave: str = "rows") -> tuple[Any, Any]:
 
 def settings(**overrides: Any) -> FitConfig:
     quiet = {"disable_tqdm": True}
-    chosen = {"steps": 60, "batch_size": 32, "learning_rate": 1e-2, "trainer": quiet}
+    chosen: dict[str, Any] = {
+        "steps": 60,
+        "batch_size": 32,
+        "learning_rate": 1e-2,
+        "trainer": quiet,
+    }
     return FitConfig(**(chosen | overrides))
 
 
