@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 KV_POLICIES = ("synthesize", "map", "map_per_layer")
 """Known values of `ExitConfig.kv`."""
 
+LEAVING = ("tokens", "rows")
+"""Known values of `ExitConfig.leave`."""
+
 _EVERY = re.compile(r"every:([1-9][0-9]{0,8})")
 
 
@@ -44,6 +47,10 @@ class ExitConfig:
         kv_rank: Rank of those maps.
         adapter_rank: Rank of the learned exit adapters, between an exit and the final norm; 0 for
             none.
+        leave: Who leaves. ``"tokens"``: each for itself. ``"rows"``, of sequence classifiers alone:
+            gates are asked only about the tokens that a row's result is made of, and all others
+            stay until their row is done. That is what gates and adapters are trained for, and costs
+            less where a row has many tokens. In a call that wants a whole cache nothing leaves.
     """
 
     exits: tuple[int, ...] | str = "every:4"
@@ -53,6 +60,7 @@ class ExitConfig:
     kv: str = "synthesize"
     kv_rank: int = 16
     adapter_rank: int = 0
+    leave: str = "tokens"
 
     def __post_init__(self) -> None:
         """Brings the values to their normal form and checks all that needs no model."""
@@ -68,6 +76,9 @@ class ExitConfig:
         if not isinstance(self.kv, str) or self.kv not in KV_POLICIES:
             known = ", ".join(KV_POLICIES)
             raise ConfigError(f"unknown kv policy {short(self.kv)}", hint=f"known: {known}")
+        if not isinstance(self.leave, str) or self.leave not in LEAVING:
+            known = ", ".join(LEAVING)
+            raise ConfigError(f"leave={short(self.leave)} is unknown", hint=f"known: {known}")
         _check_rank("kv_rank", self.kv_rank, least=1)
         _check_rank("adapter_rank", self.adapter_rank, least=0)
         self._check_counts()

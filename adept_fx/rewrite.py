@@ -77,6 +77,12 @@ def transform(model: nn.Module, config: ExitConfig | None = None) -> Any:
     pooling = Pooling(transformed, exit_aware)
     if pooling.works():
         transformed.__dict__["forward"] = forward.pooling = pooling
+    elif resolved.leave == "rows":
+        raise ConfigError(
+            f'leave="rows" is for sequence classifiers; the head of {type(model).__name__} gives '
+            "no result per row, or cannot be followed",
+            hint='leave="tokens"',
+        )
     # Capture now: what cannot be rewritten is refused here, not at the first call.
     with during("capture"):
         program = forward.prepare()

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -36,6 +36,8 @@ _LARGEST_FILE = 200_000
 @dataclass(frozen=True)
 class Settings:
     """Everything that decides what is trained; its hash names the cache entry."""
+
+    name: ClassVar[str] = "stdlib-lm"
 
     layers: int = 8
     hidden: int = 128
@@ -66,12 +68,18 @@ def stdlib_texts(held_out: bool, share: float = 0.0) -> list[str]:
 
     Besides `HELD_OUT`, about a `share` of all files is kept out, chosen by their names.
     """
+    return [text for f, text in stdlib_files().items() if _kept_out(f, share) == held_out]
+
+
+def stdlib_files() -> dict[Path, str]:
+    """The text of the standard library's modules, by their path in it; some are left out."""
     root = Path(sysconfig.get_path("stdlib"))
     files = (f for f in root.rglob("*.py") if not _LEFT_OUT & set(f.relative_to(root).parts))
-    chosen = sorted(f for f in files if _kept_out(f.relative_to(root), share) == held_out)
-    return [
-        f.read_text("utf-8", errors="replace") for f in chosen if f.stat().st_size <= _LARGEST_FILE
-    ]
+    return {
+        f.relative_to(root): f.read_text("utf-8", errors="replace")
+        for f in sorted(files)
+        if f.stat().st_size <= _LARGEST_FILE
+    }
 
 
 def _kept_out(file: Path, share: float) -> bool:
@@ -125,7 +133,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
 def cache_folder(settings: Settings) -> Path:
     """Where the model that these settings make is kept."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "adept-fx" / f"stdlib-lm-{settings.digest()}"
+    return Path(root) / "adept-fx" / f"{settings.name}-{settings.digest()}"
 
 
 def keep(folder: Path, model: Any, tokenizer: Any, figures: dict[str, float]) -> None:

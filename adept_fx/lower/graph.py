@@ -23,14 +23,23 @@ def slot_names(stage: Stage) -> dict[str, str]:
     """
     graph = stage.graph.graph
     fixed = {node.args[1] for node in graph.find_nodes(op="call_function", target=ops.read_cache)}
-    for target in _WRITES:
-        for node in graph.find_nodes(op="call_function", target=target):
-            if node.args[-1] is True:  # shared
-                fixed.add(node.args[-3])
+    fixed |= _shared(stage)
     return {
         owed.slot: owed.slot if owed.slot in fixed else re.sub(r"\d+$", str(at), owed.slot)
         for at, owed in enumerate(stage.owed)
     }
+
+
+def _shared(stage: Stage) -> set[Any]:
+    """Slots whose values later stages read."""
+    graph = stage.graph.graph
+    writes = [n for t in _WRITES for n in graph.find_nodes(op="call_function", target=t)]
+    return {node.args[-3] for node in writes if node.args[-1] is True}
+
+
+def shares(stage: Stage) -> bool:
+    """Whether later stages read what this one writes."""
+    return bool(_shared(stage))
 
 
 def lower(stage: Stage, *, freeze: bool) -> fx.GraphModule:

@@ -123,8 +123,9 @@ class PackedLayout(Layout):
     Args:
         shared: Arguments of :class:`Layout`.
         index: Their positions ``b * S + s``, ``[N]``. The last may be repeated.
-        rows: How they lie in rows.
-        gone: Positions of the tokens that left, ``[G]``; None if there are none.
+        spots: Where they are among the ``R * S`` places of these rows, ``[N]``.
+        rows: How they lie in rows: all ``B``, or, without a cache, those that have a live token.
+        gone: The same of the tokens that left, ``[G]``; None if there are none.
         owed: Per slot, their values, ``[1, ..., G, D]`` each.
     """
 
@@ -132,12 +133,14 @@ class PackedLayout(Layout):
         self,
         *shared: Any,
         index: Tensor,
+        spots: Tensor,
         rows: Rows,
         gone: Tensor | None,
         owed: Mapping[str, tuple[Tensor, ...]],
     ) -> None:
         super().__init__(*shared)
         self.index = index
+        self.spots = spots
         self.rows = rows
         self.gone = gone
         self.owed = owed
@@ -146,16 +149,16 @@ class PackedLayout(Layout):
         self, slot: str, live: Sequence[Tensor], synthesized: object
     ) -> tuple[Tensor, ...]:
         """Puts live values beside those of tokens that left."""
-        batch, tokens = self.place.grid.shape
+        count, tokens = self.rows.count, self.place.grid.shape[1]
         found = []
         for at, value in enumerate(live):
             own = value[0].movedim(-2, 0)
             # Padding is zero.
-            whole = own.new_zeros(batch * tokens, *own.shape[1:])
+            whole = own.new_zeros(count * tokens, *own.shape[1:])
             if self.gone is not None:
                 whole = whole.index_copy(0, self.gone, self.owed[slot][at][0].movedim(-2, 0))
-            whole = whole.index_copy(0, self.index, own)
-            found.append(whole.unflatten(0, (batch, tokens)).movedim(1, -2))
+            whole = whole.index_copy(0, self.spots, own)
+            found.append(whole.unflatten(0, (count, tokens)).movedim(1, -2))
         return tuple(found)
 
     def pick(self, whole: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from adept_fx.gates.base import Gate
@@ -10,9 +11,12 @@ from adept_fx.graph.blocks import Stage, SynthesizedKV
 from adept_fx.lower.cache import Slots
 from adept_fx.lower.forms import compiled, plain
 from adept_fx.lower.gate import fuses, state_of
-from adept_fx.lower.graph import lower, slot_names, with_gate, writing
+from adept_fx.lower.graph import lower, shares, slot_names, with_gate, writing
 from adept_fx.lower.layouts import DenseLayout, PackedLayout
 from adept_fx.lower.share import gate_kind, signature
+from adept_fx.runtime.rows import Rows, spots
+
+_Owed = dict[str, tuple[Tensor, ...]]
 
 
 class Functions:
@@ -68,6 +72,10 @@ class CompiledStage:
         self.functions = functions
         self.names = slot_names(stage)
         self.slots = Slots(self.names)
+        # Recurrent modules run on all rows, and who reads keys of another stage wants all of them.
+        self._separable = not any(item.mixer is not None for item in stage.owed) and not shares(
+            stage
+        )
         self._keys = {
             frozen: functions.add(lower(stage, freeze=frozen)) for frozen in (False, True)
         }
@@ -103,6 +111,8 @@ class CompiledStage:
 
     def _gate(self, tokens: Any) -> Gate | None:
         gates = tokens.run.settings.gates
+        if tokens.run.asks_pooled:
+            return None  # of all tokens it would compute scores that few of are read
         gate = gates[self.index] if self.index < len(gates) else None
         return gate if gate is not None and fuses(gate) else None
 
@@ -116,12 +126,22 @@ class CompiledStage:
         shared = self._shared(tokens, tokens.run.visible)
         if tokens.index is None:
             return DenseLayout(*shared, active=plain(tokens.active))
-        rows = tokens.rows.each(plain)
         slots = [owed.slot for owed in self.stage.owed]
         gone, owed = tokens.gone(slots, synthesized)
+        rows, index = tokens.rows, tokens.index
+        if self._separable and tokens.separable:
+            run = tokens.run
+            rows, number = Rows.rows_of(index, tokens.count, run.batch, run.tokens)
+            index = spots(index, number, run.tokens)
+            gone, owed = _of_rows(gone, owed, number, run.tokens)
         named = {self.names[slot]: tuple(map(plain, values)) for slot, values in owed.items()}
         return PackedLayout(
-            *shared, index=plain(tokens.index), rows=rows, gone=plain(gone), owed=named
+            *shared,
+            index=plain(tokens.index),
+            spots=plain(index),
+            rows=rows.each(plain),
+            gone=plain(gone),
+            owed=named,
         )
 
     def _form(self, tokens: Any, layout: DenseLayout | PackedLayout) -> tuple[Any, ...]:
@@ -132,3 +152,18 @@ class CompiledStage:
         if isinstance(layout, DenseLayout):
             return ("dense", *sizes, state)
         return ("packed", *sizes, state, layout.gone is None)
+
+
+def _of_rows(
+    gone: Tensor | None, owed: _Owed, number: Tensor, tokens: int
+) -> tuple[Tensor | None, _Owed]:
+    """What is owed of tokens that left, of the rows that have a number."""
+    if gone is None:
+        return None, {}
+    kept = (number[torch.div(gone, tokens, rounding_mode="floor")] >= 0).nonzero().squeeze(1)
+    if not len(kept):
+        return None, {}
+    if len(kept) == 1:
+        kept = kept.expand(2)  # a size of 1 would be compiled apart
+    chosen = {k: tuple(v.index_select(-2, kept) for v in values) for k, values in owed.items()}
+    return spots(gone[kept], number, tokens), chosen

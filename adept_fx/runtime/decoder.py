@@ -3,6 +3,7 @@
 import inspect
 import threading
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +94,8 @@ class ExitAwareForward:
         real = real_tokens(call.attention_mask, shape, call.cache)
         settings = self.adept.settings(program, shape[1])
         pooled = self._pooled(call, settings)
+        if settings.by_row and pooled is None:
+            settings = replace(settings, thresholds=(1.0,) * len(settings.exits))
         # The masks follow the cache that the original makes, even where nobody will read it.
         cache = call.cache if pooled is None else None
         visible = self._visible(program, call)

@@ -83,6 +83,7 @@ def collect(
     hidden: Tensor,
     features: Sequence[Tensor],
     live: Tensor | None,
+    asked: Tensor | None = None,
 ) -> GateInputs:
     """Inputs of a gate on the live tokens of a layout.
 
@@ -94,17 +95,23 @@ def collect(
         hidden: The states there, in the layout.
         features: What the gate asks for of the graph, in the layout.
         live: Positions ``b * S + s`` of the live tokens; None if all tokens of the call are.
+        asked: Which of those the gate is asked about, by their numbers; None for all.
     """
     total = run.batch * run.tokens
     index = torch.arange(total, device=hidden.device) if live is None else live
+    if asked is not None:
+        index = index[asked]
 
     def pick(value: Tensor, axes: TokenAxes) -> Tensor:
         if tokens.index is None:
             value = take(value, axes, index, run.tokens)
         packed = value[0] if axes == _HIDDEN else value[0].transpose(0, 1)
-        return packed if tokens.index is None else packed[: tokens.count]
+        if tokens.index is None:
+            return packed
+        return packed[: tokens.count] if asked is None else packed[asked]
 
-    states = hidden.flatten(0, 1) if live is None else pick(hidden, _HIDDEN)
+    whole = live is None and asked is None
+    states = hidden.flatten(0, 1) if whole else pick(hidden, _HIDDEN)
     found = [
         pick(value, _HIDDEN if name == "previous" else _HEADS)
         for name, value in zip(wanted(gate.needs), features, strict=True)

@@ -257,6 +257,7 @@ class Adept(nn.Module):
             adapters=tuple(self.adapters),
             compiled=self._forward.compiled,
             costs=self._forward.costs,
+            by_row=self.config.leave == "rows",
         )
         if self.online is None or self._disabled or self.training:
             return settings

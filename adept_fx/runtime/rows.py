@@ -51,6 +51,12 @@ def share_row(positions: Tensor, others: Tensor, batch: int, tokens: int) -> Ten
     return rows[torch.div(positions, tokens, rounding_mode="floor")]
 
 
+def spots(index: Tensor, number: Tensor, tokens: int) -> Tensor:
+    """Positions ``b * S + s`` where row ``b`` has another number."""
+    row = torch.div(index, tokens, rounding_mode="floor")
+    return number[row] * tokens + index % tokens
+
+
 class Rows:
     """The rows behind a packed layout.
 
@@ -122,6 +128,26 @@ class Rows:
         padded = padded.clamp(max=live - 1)
         within = torch.minimum(place, place.new_tensor(live - 1)) - start[row]
         return Rows(present, row * width + within, padded, (index % tokens)[padded], True)
+
+    @staticmethod
+    def rows_of(index: Tensor, live: int, batch: int, tokens: int) -> tuple["Rows", Tensor]:
+        """As :meth:`all_of`, of the rows with a live token alone, two of them at least.
+
+        Where there is no cache, keys of other rows are not there either.
+
+        Returns:
+            The rows, and their number for each row of the call, ``[B]``: -1 for those left out.
+        """
+        own = torch.zeros(batch, dtype=torch.bool, device=index.device)
+        own[torch.div(index, tokens, rounding_mode="floor")] = True
+        present = own.nonzero().squeeze(1)
+        if len(present) < 2:
+            present = torch.cat((present, (present + 1) % batch)).sort().values
+        number = torch.full((batch,), -1, dtype=torch.long, device=index.device)
+        number[present] = torch.arange(len(present), device=index.device)
+        spot = spots(index, number, tokens)
+        rows = Rows.all_of(spot, live, len(present), tokens)
+        return Rows(present, rows.slot, rows.padded, rows.column, True), number
 
     def each(self, function: Callable[[Tensor], Tensor]) -> "Rows":
         """The same rows, with a function applied to each tensor."""

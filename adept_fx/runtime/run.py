@@ -40,6 +40,7 @@ class Settings:
         compiled: Whether the stages are compiled.
         costs: What a layer costs here; None if that was not measured.
         watch: Looks on; None if nobody does.
+        by_row: Whether gates are asked about the pooled tokens alone.
     """
 
     exits: tuple[int, ...]
@@ -53,6 +54,7 @@ class Settings:
     compiled: bool = False
     costs: Costs | None = None
     watch: Watch | None = None
+    by_row: bool = False
 
     def needs(self, name: str) -> bool:
         """Whether a gate asks for an input."""
@@ -114,6 +116,11 @@ class Run:
             # Padding never leaves: a row that pools nothing else is never done.
             self._pooled = counts | ~counts.any(1, keepdim=True)
 
+    @property
+    def asks_pooled(self) -> bool:
+        """Whether gates are asked about the pooled tokens alone."""
+        return self.settings.by_row and self._pooled is not None
+
     @cached_property
     def real_count(self) -> int:
         """Tokens that are not padding."""
@@ -169,11 +176,14 @@ class Run:
                 active=tokens.active,
             )
         live = self._live(tokens)
-        leave = self._leaving(tokens, exit_index, hidden, features, live)
         total = self.batch * self.tokens
         count = total if live is None else live.numel()
+        asked = self._asked(live) if self.asks_pooled else None
+        leave = self._leaving(tokens, exit_index, hidden, features, live, asked)
         leaving = 0 if leave is None else int(leave.sum())
-        self.seen[exit_index] += count
+        self.seen[exit_index] += count if asked is None else len(asked)
+        if asked is not None and leave is not None:
+            leave = asked.new_zeros(count, dtype=torch.bool).index_copy(0, asked, leave)
         self.exited[exit_index] += leaving
         stay = None
         if leaving and leave is not None:
@@ -204,6 +214,11 @@ class Run:
         mask = tokens.active if tokens.active is not None else self.real
         return None if mask is None else mask.flatten().nonzero().squeeze(1)
 
+    def _asked(self, live: Tensor | None) -> Tensor:
+        """Which of the live tokens the gates are asked about, by their numbers ``[M]``."""
+        pooled = self._pooled.flatten() if self._pooled is not None else self.depth.flatten() > 0
+        return (pooled if live is None else pooled[live]).nonzero().squeeze(1)
+
     def _leaving(
         self,
         tokens: Tokens,
@@ -211,19 +226,22 @@ class Run:
         hidden: Tensor,
         features: Sequence[Tensor],
         live: Tensor | None,
+        asked: Tensor | None,
     ) -> Tensor | None:
-        """Which live tokens leave, ``[N]``; None if none can."""
+        """Which live tokens leave, or of those asked about: ``[N]``; None if none can."""
         if tokens.empty and exit_index > 0:
             return None
         gate = self.settings.gates[exit_index]
-        live_count = self.batch * self.tokens if live is None else live.numel()
         if tokens.scores is not None:
+            live_count = self.batch * self.tokens if live is None else live.numel()
             scores = check_scores(_own(tokens.scores, tokens, live), live_count, gate)
         else:
-            inputs = collect(self, gate, tokens, exit_index, hidden, features, live)
-            scores = check_scores(gate(inputs), live_count, gate)
+            inputs = collect(self, gate, tokens, exit_index, hidden, features, live, asked)
+            scores = check_scores(gate(inputs), len(inputs.hidden), gate)
         if self.settings.watch is not None:
             states, positions = self._live_states(tokens, hidden, live)
+            if asked is not None:
+                states, positions = states[asked], positions[asked]
             logits = partial(self.settings.logits, exit_index=exit_index)
             self.settings.watch.see(positions, scores, states, logits)
         threshold = self.settings.thresholds[exit_index]
@@ -246,10 +264,11 @@ class Run:
         for index, adapter in enumerate(self.settings.adapters):
             if not self.exited[index]:
                 continue
-            left = self.depth == self.settings.exits[index]
-            if self.exited[index] == left.numel():
+            left = (self.depth == self.settings.exits[index]).flatten().nonzero().squeeze(1)
+            if len(left) == self.depth.numel():
                 return adapter(hidden)  # type: ignore[no-any-return]
-            hidden = torch.where(left.unsqueeze(-1), adapter(hidden), hidden)
+            states = hidden.flatten(0, 1)
+            hidden = states.index_copy(0, left, adapter(states[left])).view_as(hidden)
         return hidden
 
     def place(self, exit_index: int) -> Place:

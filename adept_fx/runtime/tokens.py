@@ -86,6 +86,12 @@ class Tokens:
         return Rows.of(self.index, batch, tokens)
 
     @property
+    def separable(self) -> bool:
+        """Whether rows without a live token may be left out of what is attended to."""
+        run = self.run
+        return run.cache is None and run.batch > 2 and run.tokens > 1 and not run.kept
+
+    @property
     def cache(self) -> Any:
         """The call's cache; None if it has none."""
         return self.run.cache
