@@ -228,6 +228,7 @@ def test_a_case_runs_and_leaves_the_model_as_it_was(cache: str, case: Case) -> N
         assert parameter.untyped_storage().nbytes() == parameter.nbytes
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "out.json"
     sizes = ["--batch", "1", "--prompt", "8", "--share", "0,1", "--seconds", "0"]

@@ -194,6 +194,7 @@ def test_options() -> None:
     assert compile_options(None, {"dynamic": False})["dynamic"] is False
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_the_warm_up() -> None:
     """500 steps with random exits at batch sizes 1 to 8."""
     model = build("tiny", torch.float32, torch.device("cpu"))
