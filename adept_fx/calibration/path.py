@@ -16,6 +16,7 @@ _PASSES = 4
 _BETWEEN = 8  # steps from node to node
 _HALVINGS = 8  # of a step
 _PER_NODE = 1e-5
+_ASIDE = 0.8  # of the wanted risk, until some level keeps it
 _NEAR = 1.05  # levels whose ratio is below are not worth another run
 # What a mistake costs, in shares of all token-layers: from "no saving is worth one" to "any is".
 _PRICES = tuple(10.0 ** (3 - at / 6) for at in range(37))
@@ -214,7 +215,9 @@ def levels(
 def _trial(known: dict[float, float], low: float, high: float, alpha: float) -> float:
     """Where the risk may be alpha, between a level that is below it and one that is not."""
     for at in (low, high):  # if it were proportional
-        scaled = at * alpha / known[at] if known.get(at) else 0.0
+        # Aimed at alpha itself, a risk that grows ever slower would be approached from above alone.
+        aim = alpha if low else _ASIDE * alpha
+        scaled = at * aim / known[at] if known.get(at) else 0.0
         if low * _NEAR < scaled < high / _NEAR:
             return scaled
     if high not in known and known[low] < alpha / 2:

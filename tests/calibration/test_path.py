@@ -120,5 +120,18 @@ def test_levels_lead_up_to_the_risk(factor: float) -> None:
         assert len({path.thresholds(level) for level in found}) >= 4
 
 
+@pytest.mark.parametrize("power", [0.5, 0.7, 0.9])
+def test_a_risk_that_grows_ever_slower_is_kept(power: float) -> None:
+    """What a few exits do to other tokens: the first of them cost most."""
+    path = Path(_random(4, exits=3, tokens=4000, use=0.8))
+
+    def measure(thresholds: tuple[float, ...]) -> float:
+        return float(path.seen.outcome(thresholds)[0] ** power)
+
+    found = levels(path, measure, alpha=0.1)
+    assert found
+    assert 0.05 < measure(path.thresholds(found[-1])) <= 0.1
+
+
 def test_no_levels_where_the_risk_is_there_before() -> None:
     assert levels(Path(_random(0)), lambda _: 0.2, 0.1) == []
