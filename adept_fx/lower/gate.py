@@ -1,5 +1,6 @@
 """Gates inside compiled stages."""
 
+from copy import deepcopy
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,12 +28,14 @@ class GateRegion(nn.Module):
     The gate's tensors come with the call, so that equal gates behind equal stages share a graph.
 
     Args:
-        gate: The gate. It is referenced, not registered: it stays the handle's.
+        gate: The gate. A copy without numbers is kept, and not registered: if the gate's own tensors
+            were reachable from here, a compiled function would read them where it is to read those
+            that come with the call, and give every exit the scores of one exit's gate.
     """
 
     def __init__(self, gate: Gate) -> None:
         super().__init__()
-        self.gate = [gate]
+        self.gate = [deepcopy(gate).to("meta")]
         self.needs = gate.needs
 
     def forward(self, layout: Any, hidden: Tensor, *features: Tensor) -> Tensor:

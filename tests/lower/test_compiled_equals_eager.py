@@ -148,3 +148,24 @@ def test_under_an_outer_compile() -> None:
     ee.adept.compile(backend="eager")
     ee.compile(backend="eager")
     assert torch.equal(tokens(), expected)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_every_exit_has_its_own_gate() -> None:
+    """Equal stages share a compiled function, by inductor too; their gates' numbers differ."""
+    config = adept_fx.ExitConfig(exits=EXITS, gate="mlp", threshold=0.5)
+    ee = adept_fx.transform(tiny("llama"), config)
+    for seed, gate in enumerate(ee.adept.gate_list()):
+        generator = torch.Generator().manual_seed(seed)
+        torch.nn.init.normal_(gate.weight, generator=generator)
+        torch.nn.init.constant_(gate.bias, -1.0)
+    ids = torch.randint(3, 100, (3, PROMPT), generator=torch.Generator().manual_seed(0))
+    places = torch.arange(PROMPT).expand(ids.shape)
+    want = ee(ids, position_ids=places).logits
+    depth = ee.adept.last_depth
+    assert len(depth.unique()) > 2
+    ee.adept.compile()
+    got = ee(ids, position_ids=places).logits
+    assert torch.equal(ee.adept.last_depth, depth)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
