@@ -28,9 +28,9 @@ class GateRegion(nn.Module):
     The gate's tensors come with the call, so that equal gates behind equal stages share a graph.
 
     Args:
-        gate: The gate. A copy without numbers is kept, and not registered: if the gate's own tensors
-            were reachable from here, a compiled function would read them where it is to read those
-            that come with the call, and give every exit the scores of one exit's gate.
+        gate: The gate. A copy without numbers is kept, and not registered: were the gate's own
+            tensors in reach, compiled code would read them where it is to read those that come with
+            the call, and every exit would have the scores of one exit's gate.
     """
 
     def __init__(self, gate: Gate) -> None:
