@@ -158,8 +158,8 @@ def test_every_exit_has_its_own_gate() -> None:
     ee = adept_fx.transform(tiny("llama"), config)
     for seed, gate in enumerate(ee.adept.gate_list()):
         generator = torch.Generator().manual_seed(seed)
-        torch.nn.init.normal_(gate.weight, generator=generator)
-        torch.nn.init.constant_(gate.bias, -1.0)
+        torch.nn.init.normal_(gate.weight, std=0.5, generator=generator)
+        torch.nn.init.constant_(gate.bias, -2.0)
     ids = torch.randint(3, 100, (3, PROMPT), generator=torch.Generator().manual_seed(0))
     places = torch.arange(PROMPT).expand(ids.shape)
     want = ee(ids, position_ids=places).logits
