@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import statistics
 import tempfile
@@ -32,6 +30,7 @@ from torch import Tensor
 import adept_fx
 from _snippets import Snippets, SnippetSettings, cut, load_data, load_or_train
 from adept_fx import ExitConfig, FitConfig
+from adept_fx.bench.report import hardware
 from adept_fx.gates import Entropy, FixedDepth, Gate
 
 _ROUNDS = 5
@@ -201,20 +200,6 @@ def table(figures: Mapping[str, Figures], batch: int) -> Table:
     return result
 
 
-def hardware() -> dict[str, Any]:
-    """What it ran on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def arguments() -> argparse.Namespace:
     """What the command line says."""
     parser = argparse.ArgumentParser(
@@ -290,7 +275,7 @@ def main() -> None:
         "training": trained,
         "settings": asdict(settings),
         "options": {k: v for k, v in vars(options).items() if k != "json"},
-        "hardware": hardware(),
+        "hardware": hardware(torch.device("cpu")),
         "seconds": time.perf_counter() - begin,
     }
     console.print(

@@ -30,7 +30,7 @@ from _criteria import REFERENCES, Budget, Comparison, Row
 from _stdlib_lm import Settings, encode, load_or_train, stdlib_texts
 from _train import train
 from adept_fx import AdeptError, ExitConfig
-from generation import hardware
+from adept_fx.bench.report import hardware
 from quickstart import default_exits, exit_points, positive
 
 
@@ -185,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings |= {"test_texts": len(texts[2]), "calibration_texts": len(texts[1])}
         found = {
             "settings": settings,
-            "hardware": hardware(),
+            "hardware": hardware(model.device),
             "nll": comparison.nll,
             "seconds": seconds,
             "seconds_with_loading": time.perf_counter() - began,

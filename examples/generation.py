@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import time
 import warnings
 from collections.abc import Sequence
@@ -31,6 +29,7 @@ from _kv_margin import kv_margin
 from _stdlib_lm import Settings, encode, load_or_train, stdlib_texts
 from _train import train
 from adept_fx import AdeptError, ExitConfig, FitConfig
+from adept_fx.bench.report import hardware
 from adept_fx.gates import MLP
 
 SHARE = 0.08
@@ -193,26 +192,6 @@ def layers_run(ee: Any, texts: Tensor, options: Any) -> dict[str, float]:
     }
 
 
-def hardware() -> dict[str, Any]:
-    """What all this ran on."""
-    names = (
-        [
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-            if line.startswith("model name")
-        ]
-        if Path("/proc/cpuinfo").exists()
-        else []
-    )
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
 def show(console: Console, readings: dict[str, Reading], figures: dict[str, Any]) -> None:
     """Prints the figures."""
     table = Table(title="Held-out text, read with both models in turn", title_justify="left")
@@ -285,7 +264,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings |= {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
         settings |= {"exits": list(config.exit_layers), "dtype": str(model.dtype)}
         settings |= {"parameters": sum(p.numel() for p in model.parameters())}
-        everything = figures | {"settings": settings, "hardware": hardware()}
+        machine = hardware(model.device) | {"transformers": transformers.__version__}
+        everything = figures | {"settings": settings, "hardware": machine}
         everything["calibration"] = found.to_dict()
         options.json.write_text(json.dumps(everything, indent=1) + "\n", "utf-8")
 

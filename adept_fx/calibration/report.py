@@ -1,13 +1,12 @@
 """A calibration as tables, as text and as a picture."""
 
-import io
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from adept_fx.calibration.result import Calibration, Candidate, PhaseCalibration
+from adept_fx.printing import as_text
 
 
 def tables(found: Calibration) -> Iterator[Table | str]:
@@ -82,11 +81,7 @@ def verdict(found: Calibration, phase: PhaseCalibration) -> str:
 
 def text(found: Calibration) -> str:
     """The same as text, without colours."""
-    file = io.StringIO()
-    console = Console(file=file, width=100, no_color=True)
-    for part in tables(found):
-        console.print(part, highlight=False)
-    return file.getvalue().rstrip("\n")
+    return as_text(tables(found))
 
 
 def plot(file: Path, found: Calibration) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adept_fx.errors import ConfigError, GateError
-from adept_fx.gates.base import Gate, GateInputs, check_finite, check_positive, normalized
+from adept_fx.gates.base import Gate, GateInputs, check_finite, check_positive, normalized, readout
 
 _READ = ("hidden", "query", "key", "value")
 
@@ -155,8 +155,7 @@ class AttentionMLP(Gate):
         features = features + _part(tokens.need("query"), self.query_weight)
         features = features + _part(tokens.need("key"), self.key_weight)
         features = features + _part(tokens.need("value"), self.value_weight)
-        logit = (F.gelu(features).float() * self.weight.float()).sum(-1) + self.bias.float()
-        return torch.sigmoid(logit)
+        return readout(F.gelu(features), self.weight, self.bias)
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Loads a state dict; a gate without sizes takes those that it was saved with."""

@@ -191,6 +191,18 @@ def normalized(hidden: Tensor) -> Tensor:
     return F.rms_norm(hidden.float(), (hidden.shape[-1],), eps=1e-30)
 
 
+def readout(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The score of a learned gate, `sigmoid(w . features + b)`, in float32.
+
+    Args:
+        features: `[N, width]`.
+        weight: `w`, `[width]`.
+        bias: `b`, `[1]`.
+    """
+    # Product and sum instead of a matmul: autocast would run a matmul in half precision.
+    return torch.sigmoid((features.float() * weight.float()).sum(-1) + bias.float())
+
+
 def probabilities(tokens: GateInputs) -> Tensor:
     """Returns the softmax of the early logits, `[N, V]` in float32.
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adept_fx.gates.base import DRAFT_SIZE, Gate, GateInputs, check_finite, check_positive
+from adept_fx.gates.base import DRAFT_SIZE, Gate, GateInputs, check_finite, check_positive, readout
 
 
 class DraftTokens(Gate):
@@ -74,5 +74,4 @@ class DraftTokens(Gate):
         change = share - torch.softmax(tokens.need("draft_previous").float(), dim=-1)
         features = torch.cat((logits, share, change), dim=-1)
         hidden = F.linear(features, self.hidden_weight.float(), self.hidden_bias.float())
-        logit = (F.relu(hidden).float() * self.weight.float()).sum(-1) + self.bias.float()
-        return torch.sigmoid(logit)
+        return readout(F.relu(hidden), self.weight, self.bias)

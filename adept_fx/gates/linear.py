@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from adept_fx.gates.base import Gate, GateInputs, check_finite, check_positive, normalized
+from adept_fx.gates.base import Gate, GateInputs, check_finite, check_positive, normalized, readout
 
 
 class Linear(Gate):
@@ -56,6 +56,4 @@ class Linear(Gate):
 
     def forward(self, tokens: GateInputs) -> Tensor:
         """Scores the tokens from `hidden`; returns float32 `[N]`."""
-        # Product and sum instead of a matmul: autocast would run a matmul in half precision.
-        logit = (normalized(tokens.hidden) * self.weight.float()).sum(-1) + self.bias.float()
-        return torch.sigmoid(logit)
+        return readout(normalized(tokens.hidden), self.weight, self.bias)

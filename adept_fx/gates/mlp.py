@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adept_fx.gates.base import Gate, GateInputs, check_finite, check_positive, normalized
+from adept_fx.gates.base import Gate, GateInputs, check_finite, check_positive, normalized, readout
 
 
 class MLP(Gate):
@@ -70,5 +70,4 @@ class MLP(Gate):
         features = F.linear(
             normalized(tokens.hidden), self.hidden_weight.float(), self.hidden_bias.float()
         )
-        logit = (F.gelu(features).float() * self.weight.float()).sum(-1) + self.bias.float()
-        return torch.sigmoid(logit)
+        return readout(F.gelu(features), self.weight, self.bias)

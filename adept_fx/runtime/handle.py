@@ -276,10 +276,7 @@ class Adept(nn.Module):
         Returns:
             ``[N, V]``.
         """
-        program = program or self._program()
-        norm: Any = program.graph.epilogue
-        state = self.adapters[exit_index](hidden) if self.adapters else hidden
-        return self._head(norm, state, program.output_type)
+        return self._head(*self._leaving(hidden, exit_index, program))
 
     def draft_logits(
         self, hidden: Tensor, chosen: Tensor, exit_index: int, program: Program | None = None
@@ -295,10 +292,15 @@ class Adept(nn.Module):
         Returns:
             ``[N, k]``.
         """
+        return self._head.rows(*self._leaving(hidden, exit_index, program), chosen)
+
+    def _leaving(
+        self, hidden: Tensor, exit_index: int, program: Program | None
+    ) -> tuple[Any, Tensor, type]:
+        """What the head needs of tokens that leave: final norm, adapted states, output class."""
         program = program or self._program()
-        norm: Any = program.graph.epilogue
         state = self.adapters[exit_index](hidden) if self.adapters else hidden
-        return self._head.rows(norm, state, program.output_type, chosen)
+        return program.graph.epilogue, state, program.output_type
 
     def final_logits(self, states: Tensor) -> Tensor:
         """What the head makes of the decoder's output: ``[N, D]`` to ``[N, V]``."""

@@ -1,12 +1,11 @@
 """A scan as tables, as text and as a picture."""
 
-import io
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from adept_fx.printing import as_text
 from adept_fx.scanning.result import Scan
 
 
@@ -33,11 +32,7 @@ def tables(scan: Scan) -> Iterator[Table | str]:
 
 def text(scan: Scan) -> str:
     """The same as text, without colours."""
-    file = io.StringIO()
-    console = Console(file=file, width=100, no_color=True)
-    for part in tables(scan):
-        console.print(part, highlight=False)
-    return file.getvalue().rstrip("\n")
+    return as_text(tables(scan))
 
 
 def plot(file: Path, scan: Scan, title: str) -> None:

@@ -14,9 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from adept_fx.errors import ConfigError
 from adept_fx.training.config import FitConfig
+from adept_fx.training.logged import Logged
 
 
-class Backbone(nn.Module):
+class Backbone(Logged):
     """A model with LoRA in its linear layers; its forward is the loss of last layer and exits.
 
     Layer dropout leaves a layer out for some of the texts, the last one most often
@@ -39,7 +40,6 @@ class Backbone(nn.Module):
         self._layers = (layers_of(ee),)
         self._generator = torch.Generator().manual_seed(config.seed)
         self._steps = 0
-        self.log: dict[str, list[float]] = {}
 
     def train(self, mode: bool = True) -> Backbone:
         """Dropout that the model has of its own is on in training."""
@@ -61,7 +61,7 @@ class Backbone(nn.Module):
         last = _loss(output.logits, targets)
         early = _loss(self._early(states[0], output.logits, input_ids, attention_mask, at), targets)
         for name, value in (("last_loss", last), (f"early_loss_{exits[at]}", early)):
-            self.log.setdefault(name, []).append(float(value.detach()))
+            self.note(name, float(value.detach()))
         return {"loss": last + self._config.early_exit_weight * early}
 
     def _early(
@@ -96,12 +96,6 @@ class Backbone(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-
-    def take_log(self) -> dict[str, float]:
-        """Means of what was logged since the last time."""
-        means = {name: sum(values) / len(values) for name, values in self.log.items()}
-        self.log = {}
-        return means
 
 
 def dropout_share(layer: int, layers: int) -> float:

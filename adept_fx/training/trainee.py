@@ -14,10 +14,11 @@ from adept_fx.training.config import FitConfig
 from adept_fx.training.exits import ExitLoss, learns
 from adept_fx.training.guard import flags_kept
 from adept_fx.training.kv import KVLoss
+from adept_fx.training.logged import Logged
 from adept_fx.training.observe import Observation, observe
 
 
-class Trainee(nn.Module):
+class Trainee(Logged):
     """Gates, adapters and KV maps as a module whose forward is their loss.
 
     The model is not part of it: checkpoints hold the exits alone, and no optimizer or wrapper
@@ -41,7 +42,6 @@ class Trainee(nn.Module):
             if "kv_maps" in parts
             else None
         )
-        self.log: dict[str, list[float]] = {}
 
     def forward(self, **batch: Any) -> dict[str, Tensor]:
         """The loss of a batch of texts, or of states that were cached."""
@@ -53,7 +53,7 @@ class Trainee(nn.Module):
             loss, more = self._kv_loss(batch)
             total, log = total.to(loss.device) + loss, log | more
         for name, value in log.items():
-            self.log.setdefault(name, []).append(float(value))
+            self.note(name, float(value))
         return {"loss": total}
 
     def _observe(self, batch: dict[str, Any]) -> Observation:
@@ -71,12 +71,6 @@ class Trainee(nn.Module):
             {"params": list(part.parameters()), "lr": rates.get(name, self._config.learning_rate)}
             for name, part in self.exits.items()
         ]
-
-    def take_log(self) -> dict[str, float]:
-        """Means of what was logged since the last time."""
-        means = {name: sum(values) / len(values) for name, values in self.log.items()}
-        self.log = {}
-        return means
 
 
 def trained_modules(ee: Any, parts: tuple[str, ...]) -> dict[str, nn.Module]:
