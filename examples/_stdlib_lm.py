@@ -53,7 +53,9 @@ class Settings:
     exit_weight: float = 1.0
     first_exit: int = 2
     exit_step: int = 1
-    layer_dropout: float = 0.0
+    exit_share: float = 0.0
+    distillation: float = 0.0
+    compiled: bool = False
     held_out_share: float = 0.0
     seed: int = 0
     python: str = f"{sys.version_info.major}.{sys.version_info.minor}"

@@ -6,9 +6,7 @@ import random
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from rich.progress import (
@@ -19,7 +17,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 from transformers import LlamaForCausalLM
 
 from _stdlib_lm import Settings
@@ -74,41 +72,46 @@ def windows(ids: Tensor, settings: Settings) -> Iterator[Tensor]:
             yield torch.stack([ids[s : s + span] for s in starts[i : i + settings.batch]])
 
 
-def losses(model: LlamaForCausalLM, batch: Tensor, exit_layer: int) -> tuple[Tensor, Tensor]:
-    """The loss of the last layer, and that of a token which leaves after `exit_layer` layers."""
-    out = model.model(batch[:, :-1], output_hidden_states=True, use_cache=False)
-    states = (out.last_hidden_state, model.model.norm(out.hidden_states[exit_layer]))
-    target = batch[:, 1:].flatten()
-    last, early = (cross_entropy(model.lm_head(h).float().flatten(0, 1), target) for h in states)
-    return last, early
+def logits_of(
+    model: LlamaForCausalLM, ids: Tensor, depths: Tensor | None, exit_layer: int
+) -> tuple[Tensor, Tensor]:
+    """What the model says in the end, and what each token would say after `exit_layer` layers.
 
+    A token that leaves keeps its state; the layers behind make its keys and values of that.
 
-@contextmanager
-def dropping(model: LlamaForCausalLM, largest: float) -> Iterator[None]:
-    """Leaves layers out for some of the texts, the last one most often.
-
-    The layer dropout of LayerSkip (Elhoushi et al. 2024, arXiv:2404.16710): layer `l` of `L` is
-    left out with a chance of `largest * (2 ** (l / (L - 1)) - 1)`.
+    Args:
+        model: The model, with eager attention.
+        ids: `[batch, length]`.
+        depths: Layers that each token runs, `[batch, length]`; None: all of them.
+        exit_layer: Where the early answer is given.
     """
+    decoder = model.model
+    hidden = early = decoder.embed_tokens(ids)
+    places = torch.arange(ids.shape[1], device=ids.device)[None]
+    rotary = decoder.rotary_emb(hidden, position_ids=places)
+    later = torch.full((1, 1, places.shape[1], places.shape[1]), -torch.inf, device=ids.device)
+    mask = later.triu(1)
+    for number, layer in enumerate(decoder.layers, start=1):
+        after = layer(hidden, attention_mask=mask, position_ids=places, position_embeddings=rotary)
+        stays = None if depths is None else (depths >= number)[..., None]
+        hidden = after if stays is None else torch.where(stays, after, hidden)
+        if number == exit_layer:
+            early = hidden
+    last, first = (model.lm_head(decoder.norm(state)).float() for state in (hidden, early))
+    return last, first
 
-    def hook(chance: float) -> Any:
-        def drop(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            out = torch.rand(len(output), 1, 1, device=output.device) < chance
-            return torch.where(out, args[0], output)
 
-        return drop
+def draw_depths(shape: torch.Size, exit_layers: Sequence[int], layers: int, share: float) -> Tensor:
+    """Layers that each token runs, `[batch, length]`.
 
-    layers = model.model.layers if largest else nn.ModuleList()
-    chances = [largest * (2 ** (at / (len(layers) - 1)) - 1) for at in range(len(layers))]
-    handles = [
-        layer.register_forward_hook(hook(chance))
-        for layer, chance in zip(layers, chances, strict=True)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    Of the layer dropout of LayerSkip (Elhoushi et al. 2024, arXiv:2404.16710) the rate that rises
+    with depth; but here single tokens leave, and stay away, as they do when exits are used. In
+    every other text nobody leaves; in the others up to twice the `share`, by the text.
+    """
+    shares = 2 * share * torch.rand(shape[0], 1)
+    shares[::2] = 0
+    chosen = torch.tensor(exit_layers)[torch.randint(len(exit_layers), shape)]
+    return torch.where(torch.rand(shape) < shares, chosen, layers)
 
 
 def bfloat16_is_faster(device: torch.device) -> bool:
@@ -146,13 +149,35 @@ class Trainer:
         self.narrow = bfloat16_is_faster(self.device)
         self.steps, self.loss = 0, 0.0
 
-    def step(self, rate: float) -> None:
-        """One step at a share `rate` of the peak learning rates."""
+    def losses(self, batch: Tensor, exit_layer: int, ramp: float) -> tuple[Tensor, Tensor]:
+        """The loss of the last layer, and the others': of tokens which leave at an exit layer.
+
+        They learn the next token and, by `distillation`, what the last layer says of it.
+        """
+        settings, ids, depths = self.settings, batch[:, :-1], None
+        if settings.exit_share:
+            share = settings.exit_share * ramp
+            depths = draw_depths(ids.shape, self.exit_layers, settings.layers, share)
+            depths = depths.to(self.device)
+        last, early = logits_of(self.model, ids, depths, exit_layer)
+        stays = torch.ones_like(ids) if depths is None else depths == settings.layers
+        target = batch[:, 1:].masked_fill(~stays.bool(), -100).flatten()
+        others = settings.exit_weight * cross_entropy(early.flatten(0, 1), target)
+        if settings.distillation:
+            wanted, said = last.detach()[stays].log_softmax(-1), early[stays].log_softmax(-1)
+            far = kl_div(said, wanted, log_target=True, reduction="batchmean")
+            others = others + settings.distillation * ramp * far
+        return cross_entropy(last.flatten(0, 1), batch[:, 1:].flatten()), others
+
+    def step(self, done: float) -> None:
+        """One step when a share `done` of the training is done."""
+        rate = schedule(done)
         batch = next(self.batches).to(self.device)
         exit_layer = self.exit_layers[self.steps % len(self.exit_layers)]
+        ramp = min(1.0, 2 * done)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.narrow):
-            last, early = losses(self.model, batch, exit_layer)
-        (last + self.settings.exit_weight * early).backward()
+            last, others = self.losses(batch, exit_layer, ramp)
+        (last + others).backward()
         nn.utils.clip_grad_norm_(self.rest, 1.0)
         self.adam.param_groups[0]["lr"] = self.settings.adam_rate * rate
         self.muon.step(self.settings.muon_rate * rate)
@@ -193,13 +218,16 @@ def train(model: LlamaForCausalLM, ids: Tensor, settings: Settings) -> dict[str,
     start = time.perf_counter()
     model.train()
     # At these lengths the gradient of the fused kernel takes longer on a CPU than all else in it.
-    model.set_attn_implementation("eager" if model.device.type == "cpu" else "sdpa")
-    with progress_bar() as bar, dropping(model, settings.layer_dropout):
+    model.set_attn_implementation("eager")
+    if settings.compiled:
+        for layer in model.model.layers:
+            layer.compile(dynamic=False)
+    with progress_bar() as bar:
         torch.manual_seed(settings.seed)
         task = bar.add_task("", total=1.0, step=0, loss=float("nan"))
-        choose_threads(lambda: trainer.step(schedule(0.0)))
+        choose_threads(lambda: trainer.step(0.0))
         while done < 1:
-            trainer.step(schedule(done))
+            trainer.step(done)
             elapsed = time.perf_counter() - start
             done = max(trainer.steps / settings.steps, elapsed / settings.seconds)
             bar.update(task, completed=min(done, 1.0), step=trainer.steps, loss=trainer.loss)

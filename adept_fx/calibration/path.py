@@ -4,7 +4,6 @@ Seen are tokens that nobody let go: what a token that leaves changes about other
 The path only says what to try, and in which order; how good it is, real forwards tell.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,8 +14,7 @@ from torch import Tensor
 _PASSES = 4
 _BETWEEN = 8  # steps from node to node
 _HALVINGS = 8  # of a step
-_PER_NODE = 1e-5
-_ASIDE = 0.8  # of the wanted risk, until some level keeps it
+_STEP = 0.1  # of the way that is left, at least
 _NEAR = 1.05  # levels whose ratio is below are not worth another run
 # What a mistake costs, in shares of all token-layers: from "no saving is worth one" to "any is".
 _PRICES = tuple(10.0 ** (3 - at / 6) for at in range(37))
@@ -133,8 +131,9 @@ class Path:
 
     Its nodes save most at falling prices of a mistake: the lower hull of what can be saved at what
     risk. Between them, as many scores more are above every threshold as it is far from node to
-    node, so that a gate without any use still has a path. A level is the estimated risk; where that
-    does not change, it grows a little with every node.
+    node, so that a gate without any use still has a path. A level is the share of the token-layers
+    that is saved: tokens that leave without a mistake cost something, too, as others attend to the
+    keys that are synthesized for them, and a level must tell many of them from few.
     """
 
     def __init__(self, seen: Recorded) -> None:
@@ -147,12 +146,21 @@ class Path:
         nodes = nodes[:1] + sorted(nodes[1:], key=self._outcome)
         # A threshold never rises again: one that no token reaches any more may stand anywhere.
         self._nodes = torch.tensor(nodes, dtype=torch.float64).cummax(0).values
-        places = torch.arange((len(nodes) - 1) * _BETWEEN + 1, dtype=torch.float64) / _BETWEEN
-        found = torch.tensor([self._level(float(at)) for at in places], dtype=torch.float64)
-        self._places, self._levels = places, found.cummax(0).values
+        self._places = torch.arange((len(nodes) - 1) * _BETWEEN + 1, dtype=torch.float64) / _BETWEEN
+        found = [seen.outcome(self._between(float(at))) for at in self._places]
+        # Risk and saved share there, `[2, places]`; neither falls.
+        self._outcomes = torch.tensor(found, dtype=torch.float64).T.cummax(1).values.contiguous()
 
-    def _level(self, place: float) -> float:
-        return self.seen.outcome(self._between(place))[0] + _PER_NODE * place
+    def _last(self, which: int, bound: float) -> tuple[float, ...]:
+        """The last thresholds of the path whose risk (0) or saved share (1) is within a bound."""
+        at = max(int(torch.searchsorted(self._outcomes[which], bound, right=True)) - 1, 0)
+        low = float(self._places[at])
+        high = float(self._places[min(at + 1, len(self._places) - 1)])
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            within = self.seen.outcome(self._between(middle))[which] <= bound
+            low, high = (middle, high) if within else (low, middle)
+        return self._between(low)
 
     def _outcome(self, counts: list[int]) -> tuple[float, float]:
         bars = (self.seen.threshold(at, count) for at, count in enumerate(counts))
@@ -167,23 +175,25 @@ class Path:
     @property
     def end(self) -> float:
         """The last level; 0 if there is nothing to save."""
-        return float(self._levels[-1])
+        return float(self._outcomes[1, -1])
+
+    def reached(self, risk: float) -> float:
+        """The last level whose own mistakes are a risk of at most this."""
+        return self.seen.outcome(self._last(0, risk))[1]
 
     def thresholds(self, level: float) -> tuple[float, ...]:
-        """One per exit point; their estimated risk is at most the level."""
-        at = max(int(torch.searchsorted(self._levels, level, right=True)) - 1, 0)
-        low = float(self._places[at])
-        high = float(self._places[min(at + 1, len(self._places) - 1)])
-        for _ in range(_HALVINGS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self._level(middle) <= level else (low, middle)
-        return self._between(low)
+        """One per exit point; they save at most the level, of the tokens that chose the path."""
+        return self._last(1, level)
 
 
 def levels(
-    path: Path, measure: Callable[[tuple[float, ...]], float], alpha: float, tries: int = 6
+    path: Path, measure: Callable[[tuple[float, ...]], float], alpha: float, tries: int = 8
 ) -> list[float]:
     """Levels to test, ascending, that lead from well below a risk up to it.
+
+    The last one is found between one that keeps the risk and one that does not: the risk grows
+    ever faster with what is saved, and a chord from below comes close (with the weights of the
+    Illinois method, so that both ends move).
 
     Args:
         path: The path.
@@ -199,30 +209,34 @@ def levels(
     known = {0.0: measure((1.0,) * len(path.seen.exits))}
     if known[0.0] > alpha:  # by what left before this phase
         return []
-    low, high = 0.0, path.end
-    trial = min(alpha, path.end)
+    low, high, weight, kept = 0.0, path.end, 1.0, True
+    trial = path.reached(alpha) or high
     for _ in range(tries):
         known[trial] = measure(path.thresholds(trial))
-        low, high = (trial, high) if known[trial] <= alpha else (low, trial)
+        keeps = known[trial] <= alpha
+        weight = weight / 2 if keeps == kept and len(known) > 2 else 1.0
+        low, high, kept = (trial, high, keeps) if keeps else (low, trial, keeps)
         if high < low * _NEAR:
             break
-        trial = _trial(known, low, high, alpha)
+        trial = _trial(path, known, (low, high), alpha, weight if kept else 1 / weight)
     # By tenths of the risk, and by quarters where the risk says nothing.
     wanted = [_level(known, low, alpha * share / 10) for share in range(1, 10)]
     return sorted({*wanted, *(low * share / 4 for share in range(1, 5))} - {0.0})
 
 
-def _trial(known: dict[float, float], low: float, high: float, alpha: float) -> float:
+def _trial(
+    path: Path, known: dict[float, float], ends: tuple[float, float], alpha: float, weight: float
+) -> float:
     """Where the risk may be alpha, between a level that is below it and one that is not."""
-    for at in (low, high):  # if it were proportional
-        # Aimed at alpha itself, a risk that grows ever slower would be approached from above alone.
-        aim = alpha if low else _ASIDE * alpha
-        scaled = at * aim / known[at] if known.get(at) else 0.0
+    low, high = ends
+    if high in known:
+        below, above = alpha - known[low], weight * (known[high] - alpha)
+        return low + (high - low) * max(below / (below + above), _STEP)
+    if known[low]:  # if it were a multiple of what mistakes alone would make of it
+        scaled = path.reached(path.seen.outcome(path.thresholds(low))[0] * alpha / known[low])
         if low * _NEAR < scaled < high / _NEAR:
             return scaled
-    if high not in known and known[low] < alpha / 2:
-        return high
-    return math.sqrt(max(low, high / 100) * high)
+    return high
 
 
 def _level(known: dict[float, float], end: float, risk: float) -> float:
