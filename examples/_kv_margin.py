@@ -10,23 +10,27 @@ from torch.nn.functional import cross_entropy
 
 from adept_fx.gates import Replay
 
+_LOGITS = 2**27
+
 
 @torch.no_grad()
-def kv_margin(ee: Any, texts: Tensor, exit_layer: int, share: float = 0.5) -> dict[str, float]:
-    """NLL of tokens that stay, when the others leave at random at one exit point.
+def kv_margin(ee: Any, texts: Tensor, share: float = 0.5) -> dict[str, float]:
+    """NLL of tokens that stay, when the others leave at random at the exit nearest half depth.
 
     Args:
         ee: The rewritten model, with KV maps, not compiled.
-        texts: `[rows, columns]`.
-        exit_layer: Index of the exit point.
+        texts: `[rows, columns]`, of which up to 256 rows are read, as many as memory is for.
         share: How many tokens leave.
     """
     adept = ee.adept
-    exits = len(adept.config.exit_layers)
+    lines = texts.shape[1] * ee.config.get_text_config().vocab_size
+    texts = texts[: max(1, min(256, _LOGITS // lines))]
+    exits = adept.config.exit_layers
+    at = min(range(len(exits)), key=lambda index: abs(exits[index] - adept.num_layers / 2))
     generator = torch.Generator().manual_seed(0)
     leave = torch.rand(texts.shape, generator=generator) < share
-    scores = torch.zeros(exits, *texts.shape)
-    scores[exit_layer] = leave.float()
+    scores = torch.zeros(len(exits), *texts.shape)
+    scores[at] = leave.float()
     gates = adept.gate_list()
     before = adept.thresholds, adept.prefill_thresholds
     adept.set_gates(Replay([scores.to(texts.device)] * 2))
@@ -46,4 +50,9 @@ def kv_margin(ee: Any, texts: Tensor, exit_layer: int, share: float = 0.5) -> di
         adept.kv_maps.up.copy_(maps)
         adept.set_gates(gates)
         adept.thresholds, adept.prefill_thresholds = before
-    return {"kv_nll_maps": mapped, "kv_nll_plain": plain, "kv_margin": plain - mapped}
+    return {
+        "kv_exit": exits[at],
+        "kv_nll_maps": mapped,
+        "kv_nll_plain": plain,
+        "kv_margin": plain - mapped,
+    }

@@ -44,10 +44,10 @@ SETTINGS = Settings(
     length=256,
     batch=4,
     steps=100_000,
-    seconds=540.0,
+    seconds=480.0,
     exit_weight=0.3,
     first_exit=6,
-    exit_step=3,
+    exit_step=6,
     exit_share=0.5,
     distillation=1.0,
     compiled=True,
@@ -61,14 +61,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentP
     add = parser.add_argument
     add("--json", type=Path, metavar="FILE", help="write all figures there")
     add("--model", metavar="NAME_OR_PATH", help="any causal language model; default: train one")
-    add("--exits", metavar="6,9", help="default: after a half and after three quarters")
+    add("--exits", metavar="6,9", help="default: after half of the layers")
     add("--gate", choices=("top_gap", "max_prob", "mlp"), default="top_gap", help="(top_gap)")
     add("--target", type=float, default=0.98, help="next-token agreement (0.98)")
     add("--batch", type=int, default=64, help="rows (64)")
     add("--columns", type=int, default=256, help="tokens of a text; half is prompt (256)")
-    add("--texts", type=int, default=2048, help="held-out texts (2048): two of three calibrate")
+    add("--texts", type=int, default=1536, help="held-out texts (1536): two of three calibrate")
     add("--fit-steps", type=int, default=300, help="training steps of adapters and gates (300)")
-    add("--map-steps", type=int, default=100, help="training steps of KV maps (100)")
+    add("--map-steps", type=int, default=200, help="training steps of KV maps (200)")
     add("--device", default="cpu", help="default: cpu")
     options = parser.parse_args(arguments)
     if min(options.batch, options.columns // 4, options.fit_steps, options.map_steps) < 1:
@@ -98,14 +98,14 @@ def texts_of(tokenizer: Any, columns: int, count: int) -> tuple[Tensor, Tensor, 
 
 
 def config_of(options: Any, model: Any) -> ExitConfig:
-    """Exits in the second half of the model, with adapters and KV maps to train."""
+    """An exit at half depth, or those that are wanted, with adapters and KV maps to train."""
     layers = model.config.get_text_config().num_hidden_layers
-    text = options.exits or ",".join(map(str, range(layers // 2, layers, -(-layers // 4))))
-    exits = tuple(int(part) for part in text.split(","))
+    exits = tuple(int(part) for part in (options.exits or str(layers // 2)).split(","))
     width = model.config.get_text_config().hidden_size
     learned = tuple(MLP(width, width=128, dtype=torch.float32) for _ in exits)
     gate = learned if options.gate == "mlp" else options.gate
-    return ExitConfig(exits=exits, gate=gate, adapter_rank=min(64, width), kv="map", kv_rank=16)
+    ranks = {"adapter_rank": min(64, width), "kv_rank": min(32, width)}
+    return ExitConfig(exits=exits, gate=gate, kv="map_per_layer", **ranks)
 
 
 def fit(ee: Any, ids: Tensor, options: Any) -> dict[str, float]:
@@ -223,8 +223,8 @@ def show(console: Console, readings: dict[str, Reading], figures: dict[str, Any]
         "(needed: {prefill_layers_needed:.1%}, {decode_layers_needed:.1%})",
         "base NLL {base_nll:.3f}, bigram model {bigram_nll:.3f}: {nats_below_bigram:.2f} nats "
         "lower",
-        "later tokens under 50 % random exits: NLL {kv_nll_maps:.4f} with KV maps, "
-        "{kv_nll_plain:.4f} without, margin {kv_margin:.4f}",
+        "later tokens under 50 % random exits after {kv_exit} layers: NLL {kv_nll_maps:.5f} with "
+        "KV maps, {kv_nll_plain:.5f} without, margin {kv_margin:.5f}",
         "fit {fit_seconds:.0f} s, maps {fit_maps_seconds:.0f} s, everything {seconds:.0f} s",
     ]
     for line in lines:
@@ -251,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         test = test.to(options.device)
         ee = adept_fx.transform(model, config)
         figures: dict[str, Any] = fit(ee, ids, options)
-        figures |= kv_margin(ee, test[:64], exit_layer=len(config.exit_layers) // 2)
+        figures |= kv_margin(ee, test)
         # Compiled, it rounds differently, and would be compiled once more for the growing cache
         # that calibration gives it: a minute that the other texts do not need.
         found = calibrate(ee, calibration, options)

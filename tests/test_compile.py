@@ -72,6 +72,7 @@ def test_a_change_under_a_compiled_graph_raises() -> None:
     assert _generate(ee).shape == (2, 7 + STEPS)
 
 
+@pytest.mark.slow
 def test_what_is_captured_is_compiled_as_it_is() -> None:
     """No second capture; of programs for other modes nothing is left that could be stale."""
     _, ee = _transformed(torch.float32)

@@ -8,6 +8,7 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
+import pytest
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -30,6 +31,8 @@ from _criteria import (
 from adept_fx import ExitConfig
 from criteria import show, verdict
 from models import tiny
+
+pytestmark = pytest.mark.slow  # the table takes a minute, and all need it
 
 LENGTH, TEXTS, EXITS, LAYERS = 24, 48, (1, 2), 3
 BUDGET = Budget(target=0.8, adapter_steps=8, gate_steps=8, batch=16, fit_batch=4, rounds=1)

@@ -14,6 +14,8 @@ from torch import Tensor
 _PASSES = 4
 _BETWEEN = 8  # steps from node to node
 _HALVINGS = 8  # of a step
+_TENTHS = (2, 4, 5, 6, 7, 8, 9)  # each is one more run over all texts
+_PARTS = (0.25, 0.5, 1.0)
 _STEP = 0.1  # of the way that is left, at least
 _NEAR = 1.05  # levels whose ratio is below are not worth another run
 # What a mistake costs, in shares of all token-layers: from "no saving is worth one" to "any is".
@@ -219,9 +221,9 @@ def levels(
         if high < low * _NEAR:
             break
         trial = _trial(path, known, (low, high), alpha, weight if kept else 1 / weight)
-    # By tenths of the risk, and by quarters where the risk says nothing.
-    wanted = [_level(known, low, alpha * share / 10) for share in range(1, 10)]
-    return sorted({*wanted, *(low * share / 4 for share in range(1, 5))} - {0.0})
+    # By tenths of the risk, and by parts of the way where the risk says nothing.
+    wanted = [_level(known, low, alpha * share / 10) for share in _TENTHS]
+    return sorted({*wanted, *(low * share for share in _PARTS)} - {0.0})
 
 
 def _trial(

@@ -60,7 +60,11 @@ FEW = CASES[:1]
 
 @pytest.mark.parametrize(
     ("model_type", "exits", "cases"),
-    [("llama", EXITS, CASES), ("gemma3_text", (2,), FEW), ("bloom", (2,), FEW)],
+    [
+        ("llama", EXITS, CASES),
+        pytest.param("gemma3_text", (2,), FEW, marks=pytest.mark.slow),
+        pytest.param("bloom", (2,), FEW, marks=pytest.mark.slow),
+    ],
 )
 def test_every_layout(model_type: str, exits: tuple[int, ...], cases: Any) -> None:
     """Llama's stages share their graphs; Gemma's layers differ, Bloom attends by itself."""

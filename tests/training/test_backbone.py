@@ -39,6 +39,7 @@ def _shape(model: Any) -> list[tuple[str, type, int]]:
     return [(name, type(module), id(module)) for name, module in model.named_modules()]
 
 
+@pytest.mark.slow
 def test_the_model_gets_better_at_leaving_early() -> None:
     model = trained()
     ee = rewritten(model, gate="max_prob")
@@ -65,6 +66,7 @@ def test_the_model_gets_better_at_leaving_early() -> None:
     assert not torch.equal(now, logits)
 
 
+@pytest.mark.slow
 def test_exits_follow_and_seeds_decide() -> None:
     found: list[Any] = []
     for _ in range(2):

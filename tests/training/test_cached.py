@@ -25,6 +25,7 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
+@pytest.mark.slow
 def test_it_trains_gates_and_adapters(tmp_path: Path) -> None:
     ee = everything()
     before = weights(ee)

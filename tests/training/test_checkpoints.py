@@ -18,6 +18,7 @@ def _losses(result: Any) -> list[float]:
     return [entry["loss"] for entry in result.history if "loss" in entry]
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
