@@ -35,6 +35,10 @@ from product import (
 
 CASE = Case(lengths=(9, 4, 7), side="left", steps=4)
 every_type = pytest.mark.parametrize("model_type", MODEL_TYPES)
+every_type_but_experts_slowly = pytest.mark.parametrize(
+    "model_type",
+    [t if t in DENSE_TYPES else pytest.param(t, marks=pytest.mark.slow) for t in MODEL_TYPES],
+)
 every_dense_type = pytest.mark.parametrize("model_type", DENSE_TYPES)
 some_types = pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "bloom", "mixtral"])
 
@@ -56,7 +60,7 @@ def test_never_exits_is_the_original(model_type: str) -> None:
         check_never(model_type, script(case, len(EXITS)))
 
 
-@every_type
+@every_type_but_experts_slowly
 def test_never_exits_is_the_original_in_bf16(model_type: str) -> None:
     for case in fixed_cases(model_type)[:3]:
         check_never(model_type, script(case, len(EXITS)), "bf16")

@@ -120,7 +120,7 @@ def _nothing(at: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("kv", KINDS)
-@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["llama", pytest.param("gpt_neox", marks=pytest.mark.slow)])
 def test_plans_equal_the_oracle(model_type: str, kv: str) -> None:
     model = tiny(model_type)
     ee = _rewritten(model, kv)

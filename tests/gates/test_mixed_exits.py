@@ -111,6 +111,7 @@ def test_eager_exits_equal_the_oracles(model_type: str, make: Any) -> None:
     assert len(set(depths[0].flatten().tolist()) - {0}) == len(exits) + 1
 
 
+@pytest.mark.slow
 def test_compiled_exits_equal_eager_ones() -> None:
     """`AttentionMLP` inside the stage before it, the others between the stages."""
     spoken = script(replace(CASE, lengths=(6, 4), chunk=0, steps=1), 3)

@@ -131,6 +131,7 @@ def test_other_gates_see_live_tokens_alone() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_under_an_outer_compile() -> None:
     """The host decides; inside `generate` with a static cache, too."""
     config = adept_fx.ExitConfig(exits=EXITS, gate=Replay([]), threshold=0.5)

@@ -80,6 +80,7 @@ def test_exits_follow_and_seeds_decide() -> None:
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+@pytest.mark.slow
 def test_a_model_whose_training_failed_is_as_before(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,6 +42,7 @@ def test_it_trains_gates_and_adapters(tmp_path: Path) -> None:
     assert again.keys() == before.keys()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     adept_fx.fit(everything(), texts(16, 0), _options(whole))

@@ -127,6 +127,7 @@ def test_likelihoods_are_of_tokens_that_have_a_next_one() -> None:
     assert again == pytest.approx(both) == pytest.approx(12.0, abs=0.1)
 
 
+@pytest.mark.slow
 def test_seeds_decide_everything() -> None:
     found: list[Any] = []
     for seed in (3, 3, 4):

@@ -118,6 +118,7 @@ def test_adapters_make_exits_better(mode: str, leave: str, tmp_path: Any) -> Non
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_classes_may_have_either_name_or_be_unknown() -> None:
     """Without classes the whole model is the only teacher."""
     given = []
