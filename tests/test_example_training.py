@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 import adept_fx
@@ -15,7 +17,7 @@ EXITS, LAYERS = (1, 3), 4
 
 def test_tokens_leave_in_training_as_they_do_at_run_time() -> None:
     torch.manual_seed(0)
-    model = tiny("llama", layers=LAYERS, attn_implementation="eager")
+    model: Any = tiny("llama", layers=LAYERS, attn_implementation="eager")
     ids = torch.randint(3, 60, (4, 12))
     depths = draw_depths(ids.shape, EXITS, LAYERS, share=0.4)
     assert set(depths.unique().tolist()) == {*EXITS, LAYERS}
@@ -35,5 +37,7 @@ def test_in_every_other_text_nobody_leaves() -> None:
     depths = draw_depths(torch.Size((6, 400)), EXITS, LAYERS, share=0.5)
     assert (depths[::2] == LAYERS).all()
     assert (depths[1::2] < LAYERS).any(1).all()
-    plain, _ = logits_of(tiny("llama"), ids := torch.randint(3, 60, (2, 9)), None, exit_layer=2)
-    torch.testing.assert_close(plain, tiny("llama")(ids).logits, rtol=1e-4, atol=1e-4)
+    model: Any = tiny("llama")
+    ids = torch.randint(3, 60, (2, 9))
+    plain, _ = logits_of(model, ids, None, exit_layer=2)
+    torch.testing.assert_close(plain, model(ids).logits, rtol=1e-4, atol=1e-4)
