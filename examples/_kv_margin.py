@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from _forced import Thresholds
 from adept_fx.gates import Replay
 
 _LOGITS = 2**27
@@ -32,9 +33,7 @@ def kv_margin(ee: Any, texts: Tensor, share: float = 0.5) -> dict[str, float]:
     scores = torch.zeros(len(exits), *texts.shape)
     scores[at] = leave.float()
     gates = adept.gate_list()
-    before = adept.thresholds, adept.prefill_thresholds
     adept.set_gates(Replay([scores.to(texts.device)] * 2))
-    adept.thresholds = adept.prefill_thresholds = 0.5
     stays = ~leave[:, :-1].flatten()
     maps = adept.kv_maps.up.detach().clone()
 
@@ -43,13 +42,13 @@ def kv_margin(ee: Any, texts: Tensor, share: float = 0.5) -> dict[str, float]:
         return float(cross_entropy(logits[stays], texts[:, 1:].flatten()[stays]))
 
     try:
-        mapped = nll()
-        adept.kv_maps.up.zero_()
-        plain = nll()
+        with Thresholds(adept, 0.5):
+            mapped = nll()
+            adept.kv_maps.up.zero_()
+            plain = nll()
     finally:
         adept.kv_maps.up.copy_(maps)
         adept.set_gates(gates)
-        adept.thresholds, adept.prefill_thresholds = before
     return {
         "kv_exit": exits[at],
         "kv_nll_maps": mapped,

@@ -80,7 +80,7 @@ def logits_of(
     A token that leaves keeps its state; the layers behind make its keys and values of that.
 
     Args:
-        model: The model, with eager attention.
+        model: The model.
         ids: `[batch, length]`.
         depths: Layers that each token runs, `[batch, length]`; None: all of them.
         exit_layer: Where the early answer is given.
@@ -160,8 +160,10 @@ class Trainer:
             depths = draw_depths(ids.shape, self.exit_layers, settings.layers, share)
             depths = depths.to(self.device)
         last, early = logits_of(self.model, ids, depths, exit_layer)
-        stays = torch.ones_like(ids) if depths is None else depths == settings.layers
-        target = batch[:, 1:].masked_fill(~stays.bool(), -100).flatten()
+        stays = (
+            torch.ones_like(ids, dtype=torch.bool) if depths is None else depths == settings.layers
+        )
+        target = batch[:, 1:].masked_fill(~stays, -100).flatten()
         others = settings.exit_weight * cross_entropy(early.flatten(0, 1), target)
         if settings.distillation:
             wanted, said = last.detach()[stays].log_softmax(-1), early[stays].log_softmax(-1)
@@ -218,7 +220,7 @@ def train(model: LlamaForCausalLM, ids: Tensor, settings: Settings) -> dict[str,
     start = time.perf_counter()
     model.train()
     # At these lengths the gradient of the fused kernel takes longer on a CPU than all else in it.
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation("eager" if model.device.type == "cpu" else "sdpa")
     if settings.compiled:
         for layer in model.model.layers:
             layer.compile(dynamic=False)

@@ -102,8 +102,9 @@ def config_of(options: Any, model: Any) -> ExitConfig:
     layers = model.config.get_text_config().num_hidden_layers
     exits = tuple(int(part) for part in (options.exits or str(layers // 2)).split(","))
     width = model.config.get_text_config().hidden_size
-    learned = tuple(MLP(width, width=128, dtype=torch.float32) for _ in exits)
-    gate = learned if options.gate == "mlp" else options.gate
+    gate = options.gate
+    if gate == "mlp":
+        gate = tuple(MLP(width, width=128, dtype=torch.float32) for _ in exits)
     ranks = {"adapter_rank": min(64, width), "kv_rank": min(32, width)}
     return ExitConfig(exits=exits, gate=gate, kv="map_per_layer", **ranks)
 

@@ -211,12 +211,13 @@ def levels(
     known = {0.0: measure((1.0,) * len(path.seen.exits))}
     if known[0.0] > alpha:  # by what left before this phase
         return []
-    low, high, weight, kept = 0.0, path.end, 1.0, True
+    low, high, weight = 0.0, path.end, 1.0
+    kept: bool | None = None
     trial = path.reached(alpha) or high
     for _ in range(tries):
         known[trial] = measure(path.thresholds(trial))
         keeps = known[trial] <= alpha
-        weight = weight / 2 if keeps == kept and len(known) > 2 else 1.0
+        weight = weight / 2 if keeps == kept else 1.0
         low, high, kept = (trial, high, keeps) if keeps else (low, trial, keeps)
         if high < low * _NEAR:
             break
